@@ -1,0 +1,1 @@
+"""Seeing the dominance: statistics, quantile plots and comparisons of runs."""
