@@ -53,10 +53,15 @@ class QuantileCurves(NamedTuple):
     """Shape (k,), non-decreasing; unit of the sample."""
 
 
-class _Grid(NamedTuple):
+class MergedGrid(NamedTuple):
+    """The steps of two quantile functions: sorted samples x[x_index], y[y_index] on each."""
+
     levels: FloatArray
+    """Shape (k + 1,), increasing from 0 to 1."""
     x_index: IntArray
+    """Shape (k,), values 0 to n - 1."""
     y_index: IntArray
+    """Shape (k,), values 0 to m - 1."""
 
 
 def as_sample(values: ArrayLike, name: str) -> FloatArray:
@@ -76,20 +81,21 @@ def as_sample(values: ArrayLike, name: str) -> FloatArray:
     return sample
 
 
-def _merged_grid(n: int, m: int) -> _Grid:
+def merged_grid(n: int, m: int) -> MergedGrid:
+    """The merged grid {i/n} | {j/m} of quantile levels, with k = n + m - gcd(n, m) steps."""
     x_steps = m * np.arange(1, n + 1, dtype=np.int64)
     y_steps = n * np.arange(1, m + 1, dtype=np.int64)
     right_ends = x_steps if n == m else np.union1d(x_steps, y_steps)
     levels = np.concatenate(([0.0], right_ends / (n * m)))
     # On (.., g/(nm)] the quantile's index is ceil(n g/(nm)) = ceil(g/m), counted from 1.
-    return _Grid(levels, (right_ends - 1) // m, (right_ends - 1) // n)
+    return MergedGrid(levels, (right_ends - 1) // m, (right_ends - 1) // n)
 
 
 def _quantile_index(n: int, percent: int) -> int:
     return (n * percent + 99) // 100 - 1
 
 
-def _statistics_of_sorted(u: FloatArray, v: FloatArray, grid: _Grid) -> dict[str, FloatArray]:
+def _statistics_of_sorted(u: FloatArray, v: FloatArray, grid: MergedGrid) -> dict[str, FloatArray]:
     """The statistics of sorted samples u (..., n) and v (..., m): each of shape (...)."""
     width = np.diff(grid.levels)
     gap = u[..., grid.x_index] - v[..., grid.y_index]
@@ -117,7 +123,7 @@ def quantile_curve(x: ArrayLike, y: ArrayLike) -> QuantileCurves:
     Raises ValueError, naming "x" or "y", for an empty, non-finite or not one-dimensional sample.
     """
     a, b = np.sort(as_sample(x, "x")), np.sort(as_sample(y, "y"))
-    grid = _merged_grid(a.size, b.size)
+    grid = merged_grid(a.size, b.size)
     return QuantileCurves(grid.levels, a[grid.x_index], b[grid.y_index])
 
 
@@ -144,10 +150,10 @@ def dominance_statistics(u: ArrayLike, v: ArrayLike) -> dict[str, float]:
     References: Melnyk et al. (2024), "Distributional Preference Alignment of LLMs via Optimal
     Transport", arXiv 2406.05882, sec. 2 (dominance by quantiles); the amounts are the two halves
     of W_1 on the line, e.g. Santambrogio (2015), "Optimal Transport for Applied Mathematicians",
-    prop. 2.17.
+    thm. 2.9 with h(z) = |z|.
     """
     a, b = np.sort(as_sample(u, "u")), np.sort(as_sample(v, "v"))
-    found = _statistics_of_sorted(a, b, _merged_grid(a.size, b.size))
+    found = _statistics_of_sorted(a, b, merged_grid(a.size, b.size))
     return {key: float(value) for key, value in found.items()}
 
 
@@ -177,29 +183,32 @@ def bootstrap_intervals(
     if not 0.0 < level < 1.0:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
     draws: dict[str, list[FloatArray]] = {key: [] for key in STATISTICS}
-    grid = _merged_grid(a.size, b.size)
-    for a_draw, b_draw in _resamples(a, b, paired, n_resamples, seed):
-        a_draw.sort(axis=-1)
-        b_draw.sort(axis=-1)
-        for key, value in _statistics_of_sorted(a_draw, b_draw, grid).items():
+    grid = merged_grid(a.size, b.size)
+    for i, j in resampled_indices(a.size, b.size, paired, n_resamples, seed):
+        drawn = _statistics_of_sorted(np.sort(a[i]), np.sort(b[j]), grid)
+        for key, value in drawn.items():
             draws[key].append(value)
     tails = ((1.0 - level) / 2.0, (1.0 + level) / 2.0)
     ends = {key: np.quantile(np.concatenate(values), tails) for key, values in draws.items()}
     return {key: (float(low), float(high)) for key, (low, high) in ends.items()}
 
 
-def _resamples(
-    a: FloatArray, b: FloatArray, paired: bool, n_resamples: int, seed: int
-) -> Iterator[tuple[FloatArray, FloatArray]]:
-    """Yields blocks of resamples, shapes (block, n) and (block, m), n_resamples rows in all."""
+def resampled_indices(
+    n: int, m: int, paired: bool, n_resamples: int, seed: int
+) -> Iterator[tuple[IntArray, IntArray]]:
+    """Bootstrap draws with replacement, in blocks of bounded memory.
+
+    Yields index arrays of shapes (rows, n) and (rows, m), n_resamples rows in all; with
+    paired=True both are the same array. Raises ValueError for paired samples of unequal size and
+    for n_resamples < 1.
+    """
     if n_resamples < 1:
         raise ValueError(f"n_resamples: expected at least 1, got {n_resamples}")
-    if paired and a.size != b.size:
-        raise ValueError(f"paired samples must be of equal size, got {a.size} and {b.size}")
+    if paired and n != m:
+        raise ValueError(f"paired samples must be of equal size, got {n} and {m}")
     random = np.random.default_rng(seed)
-    block = max(1, _RESAMPLED_NUMBERS_AT_ONCE // (a.size + b.size))
+    block = max(1, _RESAMPLED_NUMBERS_AT_ONCE // (n + m))
     for start in range(0, n_resamples, block):
         rows = min(block, n_resamples - start)
-        a_index = random.integers(0, a.size, size=(rows, a.size))
-        b_index = a_index if paired else random.integers(0, b.size, size=(rows, b.size))
-        yield a[a_index], b[b_index]
+        first = random.integers(0, n, size=(rows, n))
+        yield first, first if paired else random.integers(0, m, size=(rows, m))

@@ -15,6 +15,7 @@ from aot_plugin.report.dominance import (
     bootstrap_intervals,
     dominance_statistics,
     quantile_curve,
+    resampled_indices,
 )
 
 # Multiples of 1/8 are exact in binary: shifts and scalings of them hold without a tolerance,
@@ -184,13 +185,13 @@ def test_a_bad_sample_is_named(bad, which):
 
 @pytest.mark.parametrize(("paired", "m"), [(True, 60), (False, 60), (False, 45)])
 def test_bootstrap_equals_a_loop_over_its_resamples(paired, m):
-    import aot_plugin.report.dominance as module
-
     random = np.random.default_rng(5)
     v = random.normal(size=m)
     u = random.normal(0.2, 1.3, size=60)
-    resamples = module._resamples(u, v, paired, 500, seed=7)
-    rows = [dominance_statistics(a, b) for block in resamples for a, b in zip(*block, strict=True)]
+    blocks = resampled_indices(60, m, paired, 500, seed=7)
+    draws = [draw for block in blocks for draw in zip(*block, strict=True)]
+    assert all(np.array_equal(i, j) for i, j in draws) == paired
+    rows = [dominance_statistics(u[i], v[j]) for i, j in draws]
     found = bootstrap_intervals(u, v, paired, n_resamples=500, seed=7, level=0.9)
     assert tuple(found) == STATISTICS
     for key, interval in found.items():
@@ -235,14 +236,15 @@ def test_bootstrap_is_deterministic_and_seeded():
     assert first != bootstrap_intervals(u, v, paired=False, n_resamples=200, seed=4)
 
 
-def test_bootstrap_in_blocks_draws_every_resample(monkeypatch):
-    import aot_plugin.report.dominance as module
-
-    u, v = np.arange(50.0), np.arange(50.0) * 1.1
-    monkeypatch.setattr(module, "_RESAMPLED_NUMBERS_AT_ONCE", 700)  # 7 rows a block, 15 blocks
-    blocks = list(module._resamples(u, v, False, 99, seed=0))
-    assert [len(a) for a, _ in blocks] == [7] * 14 + [1]
-    assert len({tuple(row) for a, _ in blocks for row in a}) == 99
+def test_blocks_hold_every_resample_and_every_row(monkeypatch):
+    monkeypatch.setattr("aot_plugin.report.dominance._RESAMPLED_NUMBERS_AT_ONCE", 700)
+    blocks = list(resampled_indices(50, 50, False, 99, seed=0))
+    assert [len(i) for i, _ in blocks] == [7] * 14 + [1]
+    assert len({tuple(row) for i, _ in blocks for row in i}) == 99
+    for side in zip(*blocks, strict=True):
+        drawn = np.bincount(np.concatenate([index.ravel() for index in side]), minlength=50)
+        assert drawn.sum() == 99 * 50
+        assert drawn.min() > 50 and drawn.max() < 150  # 99 expected of each row, 5 sigma
 
 
 @pytest.mark.parametrize("level", [0.5, 0.95])
