@@ -1,0 +1,250 @@
+"""The YAML surface: the options, what is refused, and the translation into the host's own keys.
+
+Light on purpose: the host imports this module in every run, to merge ``AOTInputArgs`` into its
+schema and ``AOTTrainingArgs`` into its training arguments.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PAIRED_TRAINER = "aot_plugin.trainer.AOTPairedTrainer"
+UNPAIRED_TRAINER = "aot_plugin.trainer.AOTUnpairedTrainer"
+DEFAULT_BETA = 0.01
+"""rl_beta when the YAML names none: the value of the paper's experiments."""
+
+
+class AOTInputArgs(BaseModel):
+    """The ``aot_*`` keys of the YAML. The host merges this class into its config schema, so every
+    default is None there (a run with another ``rl`` validates to the same config as without the
+    plugin); ``desugar`` writes the effective values."""
+
+    aot_mode: Literal["paired", "unpaired"] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "`paired`: rows of (prompt, chosen, rejected). `unpaired`: rows of "
+            "(prompt, completion, label). Default `paired`."
+        },
+    )
+    aot_penalty: str | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Penalty h of the quantile gap: `logistic`, `squared_hinge`, "
+            "`least_squares`, or one that an installed package registers. Default `logistic`."
+        },
+    )
+    aot_loss: str | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Loss on the step's log-probabilities: `transport` (AOT), or one that "
+            "an installed package registers. Default `transport`."
+        },
+    )
+    aot_sort: Literal["hard", "soft"] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "`hard`: exact sort. `soft`: projection onto the permutahedron with "
+            "strength `aot_sort_epsilon`. Default `hard`."
+        },
+    )
+    aot_sort_epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        json_schema_extra={
+            "description": "Strength of the soft sort; neighbours closer than 1/epsilon nats stay "
+            "sorted exactly. Only with `aot_sort: soft`. Default 0.1."
+        },
+    )
+    aot_label_smoothing: float | None = Field(
+        default=None,
+        ge=0,
+        lt=0.5,
+        json_schema_extra={
+            "description": "Assumed share s of flipped labels: (1-s) h(z) + s h(-z). Default 0."
+        },
+    )
+    aot_batch: Literal["step", "micro_batch"] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "What is sorted together: `step`, the whole effective batch over "
+            "accumulation and ranks, or `micro_batch`, each micro-batch of each rank alone (what "
+            "TRL's `aot` does). Default `step`."
+        },
+    )
+    aot_datasets: dict[str, dict[str, Any]] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Written by the plugin: the options of the `datasets:` entries that "
+            "use its prompt strategies. Not for YAML."
+        },
+    )
+
+
+@dataclass
+class AOTTrainingArgs:
+    """The same options as training arguments (merged by the host into its own classes)."""
+
+    aot_penalty: str = "logistic"
+    aot_loss: str = "transport"
+    aot_sort: str = "hard"
+    aot_sort_epsilon: float = 0.1
+    aot_label_smoothing: float = 0.0
+    aot_batch: str = "step"
+
+
+class _StrictInputArgs(AOTInputArgs):
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+
+REFUSED: dict[str, str] = {
+    "dpo_loss_type": "the loss is AOT's; choose it with `aot_penalty`",
+    "dpo_loss_weights": "there is one loss; choose it with `aot_penalty`",
+    "dpo_label_smoothing": "write `aot_label_smoothing`",
+    "dpo_use_weighting": "sorted rows have no pair to weigh; remove it",
+    "dpo_ld_alpha": "AOT sums the log-probabilities of all completion tokens; remove it",
+    "dpo_padding_free": "the step is regrouped by length anyway; remove it",
+    "dpo_use_liger_kernel": "the LM head runs at completion tokens only anyway; remove it",
+    "dpo_beta": "write `rl_beta`",
+    "kto_desirable_weight": "labels weigh by their counts in the step; remove it",
+    "kto_undesirable_weight": "labels weigh by their counts in the step; remove it",
+    "orpo_alpha": "it belongs to `rl: orpo`; remove it",
+    "simpo_gamma": "it belongs to `rl: simpo`; remove it",
+    "cpo_alpha": "it belongs to `rl: simpo`; remove it",
+    "trainer_cls": "`rl: aot` brings its own trainer; remove it",
+}
+"""Host keys that contradict ``rl: aot``, and what to do instead."""
+
+_PARALLEL = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
+
+
+def is_desugared(cfg: Mapping[str, Any]) -> bool:
+    """Whether ``desugar`` has been applied to this config already."""
+    return cfg.get("trainer_cls") in (PAIRED_TRAINER, UNPAIRED_TRAINER)
+
+
+def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The host-native keys that a raw config with ``rl: aot`` stands for.
+
+    paired becomes ``rl: dpo``, unpaired ``rl: kto``, both with a ``trainer_cls`` of ours, so that
+    data, adapters, reference model and validation are the host's own. A config with another
+    ``rl``, or one that is desugared already, needs no change: the result is empty.
+
+    Raises:
+        ValueError: naming the key, what is wrong with it, and what to write instead.
+    """
+    if is_desugared(cfg) and cfg.get("rl") != "aot":
+        return {}
+    written = {k: v for k, v in cfg.items() if k.startswith("aot_") and v is not None}
+    if cfg.get("rl") != "aot":
+        if written:
+            raise ValueError(
+                f"`{next(iter(written))}` is an option of `rl: aot`, but the config says "
+                f"`rl: {cfg.get('rl')}`; write `rl: aot` or remove the key"
+            )
+        return {}
+
+    args = _validated(written)
+    for key, advice in REFUSED.items():
+        if cfg.get(key) is not None:
+            raise ValueError(f"`{key}` can't be used with `rl: aot`: {advice}")
+    for key in _PARALLEL:
+        if (cfg.get(key) or 1) != 1:
+            raise ValueError(
+                f"`{key}: {cfg[key]}` can't be used with `rl: aot`: a sequence must be whole on "
+                "one rank; use data parallelism (DDP, DeepSpeed ZeRO, FSDP)"
+            )
+    if args.aot_sort_epsilon is not None and args.aot_sort != "soft":
+        raise ValueError("`aot_sort_epsilon` needs `aot_sort: soft`")
+
+    defaults = AOTTrainingArgs()
+    mode = args.aot_mode or "paired"
+    updates: dict[str, Any] = {
+        "rl": "dpo" if mode == "paired" else "kto",
+        "trainer_cls": PAIRED_TRAINER if mode == "paired" else UNPAIRED_TRAINER,
+        "aot_mode": mode,
+    }
+    for key, default in vars(defaults).items():
+        value = getattr(args, key)
+        updates[key] = default if value is None else value
+    updates |= _beta(cfg)
+    if mode == "unpaired":
+        updates |= _unpaired_keys(cfg)
+    return updates
+
+
+def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments for the host's training-arguments class, from a validated config."""
+    kwargs = {key: cfg[key] for key in vars(AOTTrainingArgs())}
+    if cfg["aot_mode"] == "unpaired":
+        # A TRL loss type that needs no KL term spares the KTO trainer a forward pass that our
+        # loss would not look at.
+        kwargs["loss_type"] = "apo_zero_unpaired"
+        # The host sets these two for DPO only.
+        kwargs["max_length"] = cfg.get("sequence_len")
+        kwargs["precompute_ref_log_probs"] = bool(cfg.get("precompute_ref_log_probs"))
+    return kwargs
+
+
+def _validated(written: dict[str, Any]) -> AOTInputArgs:
+    from .registry import lookup
+
+    if "aot_datasets" in written:
+        raise ValueError(
+            "`aot_datasets` is written by the plugin; set options per `datasets:` entry"
+        )
+    try:
+        args = _StrictInputArgs(**written)
+    except ValidationError as error:
+        raise ValueError(_readable(error)) from None
+    if args.aot_penalty is not None:
+        lookup("aot_penalties", "aot_penalty", args.aot_penalty)
+    if args.aot_loss is not None:
+        lookup("aot_losses", "aot_loss", args.aot_loss)
+    return args
+
+
+def _readable(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(name for name in AOTInputArgs.model_fields if name != "aot_datasets")
+            lines.append(f"`{key}` is not an option of aot-plugin; known are {known}")
+        else:
+            lines.append(f"`{key}: {problem['input']}` is wrong: {problem['msg']}")
+    return "; ".join(lines)
+
+
+def _beta(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    trl_beta = (cfg.get("trl") or {}).get("beta")
+    for key, beta in (("rl_beta", cfg.get("rl_beta")), ("trl.beta", trl_beta)):
+        if beta is None:
+            continue
+        if (
+            isinstance(beta, bool)
+            or not isinstance(beta, int | float)
+            or not 0 < beta < float("inf")
+        ):
+            raise ValueError(f"`{key}: {beta}` is wrong: write a positive number (the paper: 0.01)")
+    if cfg.get("rl_beta") is None and trl_beta is None:
+        return {"rl_beta": DEFAULT_BETA}
+    return {}
+
+
+def _unpaired_keys(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    from .data import resolve_unpaired_datasets
+
+    if cfg.get("remove_unused_columns"):
+        raise ValueError("`remove_unused_columns: true` drops the labels; remove it")
+    updates: dict[str, Any] = {"remove_unused_columns": False}
+    options: dict[str, dict[str, Any]] = {}
+    for where in ("datasets", "test_datasets"):
+        if cfg.get(where):
+            updates[where], found = resolve_unpaired_datasets(cfg[where], where=where)
+            options |= found
+    if options:
+        updates["aot_datasets"] = options
+    return updates

@@ -1,0 +1,53 @@
+"""What another package can add to aot_plugin (pluggy, project name ``aot_plugin``).
+
+A package implements any of these functions with ``@aot_plugin.hookspecs.hookimpl`` in a module and
+names that module in its entry points::
+
+    [project.entry-points.aot_plugin]
+    my_package = "my_package.aot"
+
+The built-in penalties, losses and prompt strategies are registered through the same hooks. A name
+that two packages register is an error, never a silent override.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from .losses import StepLoss
+    from .penalties import Penalty
+
+PROJECT_NAME = "aot_plugin"
+hookspec = pluggy.HookspecMarker(PROJECT_NAME)
+hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
+
+
+@hookspec
+def aot_penalties() -> "Mapping[str, Penalty]":  # type: ignore[empty-body]
+    """Penalties h by the name that ``aot_penalty`` takes.
+
+    ``penalty(z, beta) -> h(z)``: z = u - v is a float64 tensor of any shape (nats), h is
+    elementwise, differentiable by autograd, and convex in z (otherwise sorting does not solve the
+    transport problem).
+    """
+
+
+@hookspec
+def aot_losses() -> "Mapping[str, StepLoss]":  # type: ignore[empty-body]
+    """Whole losses by the name that ``aot_loss`` takes.
+
+    ``loss(step, options) -> scalar``: ``step`` holds the log-probabilities of every sequence of
+    the optimizer step, over all micro-batches and ranks (``losses.PairedLogps`` or
+    ``losses.UnpairedLogps``, float64); ``options`` the resolved penalty, beta and sort. The trainer
+    differentiates it by autograd with respect to the policy's log-probabilities.
+    """
+
+
+@hookspec
+def aot_prompt_strategies() -> "Mapping[str, Callable[..., Any]]":  # type: ignore[empty-body]
+    """Prompt strategies for unpaired rows by the name that a data set's ``type:`` takes.
+
+    See ``aot_plugin.data`` for what such a function receives and returns.
+    """

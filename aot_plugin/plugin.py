@@ -1,0 +1,86 @@
+"""The host's plugin API: everything that aot_plugin and Axolotl say to each other goes here."""
+
+import os
+import sys
+from importlib.metadata import version
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+
+from .config import desugar, is_desugared, training_args
+
+SUPPORTED = {"axolotl": ("0.21", "0.22"), "trl": ("1.14", "1.15")}
+"""Host packages and the half-open range of versions whose trainers ours subclass."""
+
+
+class AOTPlugin(BasePlugin):
+    """Brings ``rl: aot`` to Axolotl by writing host-native keys into the config.
+
+    The host finds this class by the entry-point group ``axolotl.plugins``; naming it under
+    ``plugins:`` works as well. With any other ``rl`` every method leaves the run as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: dict[str, Any] = {}
+
+    def register(self, cfg: dict) -> None:
+        """Translate ``rl: aot`` (the config is raw: the host validates it afterwards).
+
+        Raises:
+            ValueError: if an ``aot_*`` key or a host key that contradicts them is wrong.
+            RuntimeError: if the installed host is outside the supported range.
+        """
+        self._before = {}
+        _refuse_swallowed_flags()
+        updates = desugar(cfg)
+        if updates:
+            _check_versions()
+        self._before = {key: cfg.get(key) for key in updates}
+        for key, value in updates.items():
+            cfg[key] = value
+
+    def on_config_validation_error(self, cfg: dict) -> None:
+        """Give the user's own keys back to a config that the host refused."""
+        for key, value in self._before.items():
+            if value is None:
+                cfg.pop(key, None)
+            else:
+                cfg[key] = value
+
+    def get_input_args(self) -> str:
+        """The pydantic class that the host merges into its schema."""
+        return "aot_plugin.config.AOTInputArgs"
+
+    def get_training_args_mixin(self) -> str:
+        """The dataclass that the host merges into its training arguments."""
+        return "aot_plugin.config.AOTTrainingArgs"
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        """The options of this run, for the class above; None when ``rl`` is not ``aot``."""
+        return training_args(cfg) if is_desugared(cfg) else None
+
+
+def _check_versions() -> None:
+    from packaging.version import Version
+
+    for package, (low, high) in SUPPORTED.items():
+        installed = version(package)
+        if not Version(low) <= Version(installed) < Version(high):
+            raise RuntimeError(
+                f"this aot-plugin supports {package}>={low},<{high}, but {installed} is installed; "
+                f"run: pip install '{package}>={low},<{high}' (or another release of aot-plugin)"
+            )
+
+
+def _refuse_swallowed_flags() -> None:
+    # `axolotl train x.yml --aot-mode unpaired` never reaches the config: the host's command line
+    # knows the keys of its core schema only, and takes any other flag for the launcher's.
+    program = os.path.basename(sys.argv[0])
+    flags = [arg for arg in sys.argv[1:] if arg.startswith(("--aot-", "--aot_"))]
+    if program == "axolotl" and flags:
+        raise ValueError(
+            f"`axolotl` does not pass `{flags[0]}` on to the config: write the key in the YAML, "
+            "or run `python -m axolotl.cli.train config.yml "
+            f"{flags[0].split('=')[0].replace('-', '_').replace('__', '--', 1)}=...`"
+        )

@@ -1,0 +1,68 @@
+"""The one ``pluggy.PluginManager`` of the project, and lookup by name in what is registered."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import pluggy
+
+from . import hookspecs, losses, penalties
+
+
+class _Builtin:
+    """The built-in penalties and losses, registered as any other package's."""
+
+    @hookspecs.hookimpl
+    def aot_penalties(self) -> Mapping[str, penalties.Penalty]:
+        return penalties.BUILTIN
+
+    @hookspecs.hookimpl
+    def aot_losses(self) -> Mapping[str, losses.StepLoss]:
+        return losses.BUILTIN
+
+
+@cache
+def plugin_manager() -> pluggy.PluginManager:
+    """The manager with the built-ins and every installed package of the entry-point group.
+
+    Raises:
+        pluggy.PluginValidationError: if a package implements a hook that does not exist.
+    """
+    manager = pluggy.PluginManager(hookspecs.PROJECT_NAME)
+    manager.add_hookspecs(hookspecs)
+    manager.register(_Builtin(), name="aot_plugin builtin")
+    manager.load_setuptools_entrypoints(hookspecs.PROJECT_NAME)
+    manager.check_pending()
+    return manager
+
+
+def registered(hook: str) -> dict[str, Any]:
+    """All that is registered under a hook ("aot_penalties", ...), by name.
+
+    Raises:
+        ValueError: if two packages register one name.
+    """
+    manager = plugin_manager()
+    found: dict[str, Any] = {}
+    owner: dict[str, str] = {}
+    for impl in getattr(manager.hook, hook).get_hookimpls():
+        for name, value in impl.function().items():
+            if name in found:
+                raise ValueError(
+                    f"{hook}: {name!r} is registered by {owner[name]!r} and by "
+                    f"{impl.plugin_name!r}; uninstall one of them or rename it there"
+                )
+            found[name], owner[name] = value, impl.plugin_name
+    return found
+
+
+def lookup(hook: str, key: str, name: str) -> Any:
+    """What is registered as ``name``; ``key`` is the YAML key that names it.
+
+    Raises:
+        ValueError: if nothing is, with the names that are.
+    """
+    found = registered(hook)
+    if name not in found:
+        raise ValueError(f"`{key}: {name}` is not known; write one of {', '.join(sorted(found))}")
+    return found[name]

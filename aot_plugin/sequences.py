@@ -1,0 +1,78 @@
+"""The sequences of an optimizer step, freed from the micro-batches in which they came.
+
+After the transport move every sequence has a fixed weight of its own, so any regrouping into
+micro-batches gives the same gradient. Grouping by length removes most of the padding.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+WEIGHT_KEY = "aot_weight"
+"""Key of a collated batch that holds dL/dlogp of its sequences."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Unpadded rows: ``input_ids`` and ``completion_mask`` are lists of [length] int64 tensors."""
+
+    input_ids: list[Tensor]
+    completion_mask: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @classmethod
+    def from_batches(cls, batches: Sequence[dict[str, Any]]) -> "Sequences":
+        """The rows of the host's collated batches, in order, with their padding removed."""
+        rows = [
+            (ids[keep], completion[keep])
+            for batch in batches
+            for ids, completion, keep in zip(
+                batch["input_ids"],
+                batch["completion_mask"],
+                batch["attention_mask"].bool(),
+                strict=True,
+            )
+        ]
+        return cls([ids for ids, _ in rows], [completion for _, completion in rows])
+
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.input_ids]
+
+    def by_length(self) -> list[int]:
+        """Row numbers from the longest row to the shortest: memory peaks at the first batch, so
+        a run that is going to exhaust it does so at once."""
+        lengths = self.lengths()
+        return sorted(range(len(self)), key=lambda row: -lengths[row])
+
+    def collate(self, rows: Sequence[int], pad_token_id: int, multiple: int = 1) -> dict[str, Any]:
+        """A right-padded batch of these rows, its width rounded up to a multiple."""
+        ids = [self.input_ids[row] for row in rows]
+        completion = [self.completion_mask[row] for row in rows]
+        width = max(len(row) for row in ids)
+        width += -width % multiple
+        template = ids[0].new_zeros(width)  # pads every row to the rounded width, dropped below
+
+        def padded(values: list[Tensor], value: int) -> Tensor:
+            return pad_sequence([*values, template], batch_first=True, padding_value=value)[:-1]
+
+        return {
+            "input_ids": padded(ids, pad_token_id),
+            "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
+            "completion_mask": padded(completion, 0),
+        }
+
+
+def split_evenly(rows: Sequence[int], parts: int) -> Iterator[Sequence[int]]:
+    """Consecutive runs of rows, ``parts`` of them, whose sizes differ by at most one."""
+    base, extra = divmod(len(rows), parts)
+    start = 0
+    for part in range(parts):
+        end = start + base + (part < extra)
+        yield rows[start:end]
+        start = end

@@ -1,0 +1,381 @@
+"""The four moves of a step (score, transport, backward, report) on top of the host's trainers.
+
+The loss of a step is a function of one vector, the log-probabilities of all its sequences. So:
+
+1. *score* every sequence of the step without gradient, under policy and reference;
+2. *transport*: gather the log-probabilities of all ranks, and take the loss and its gradient
+   dL/dlogp with respect to these few numbers;
+3. *backward*: per micro-batch, back-propagate the sum of (dL/dlogp, a constant) x logp(theta):
+   by the chain rule the accumulated gradient is that of the whole batch (GradCache, arXiv
+   2101.06983, does this for contrastive learning);
+4. *report* the true loss and the dominance statistics.
+
+A step of one micro-batch has its scores in hand while it is in the forward pass, so moves 1 and 3
+are one pass there.
+"""
+
+import contextlib
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
+from axolotl.utils.logging import get_logger
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalPrediction
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from .logps import sequence_logps
+from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
+from .registry import lookup
+from .report.dominance import dominance_statistics
+from .sampler import StratifiedSampler
+from .sequences import WEIGHT_KEY, Sequences, split_evenly
+from .transport import recoupled_fraction
+
+LOG = get_logger(__name__)
+
+PAPER = {
+    "title": "Distributional Preference Alignment of LLMs via Optimal Transport",
+    "id": "2406.05882",
+    "citation": textwrap.dedent("""\
+        @inproceedings{melnyk2024distributional,
+            title        = {{Distributional Preference Alignment of LLMs via Optimal Transport}},
+            author       = {Igor Melnyk and Youssef Mroueh and others},
+            year         = 2024,
+            booktitle    = {Advances in Neural Information Processing Systems 37 (NeurIPS 2024)},
+            eprint       = {2406.05882},
+            archivePrefix = {arXiv},
+        }"""),
+}
+
+
+class AOTTrainerMixin:
+    """The four moves, for any host trainer with TRL's batches (``input_ids``, ``attention_mask``,
+    ``completion_mask``). A subclass says how a batch's sequences are labelled."""
+
+    tag_names = ("axolotl", "aot")
+    _tag_names = ("trl", "aot")
+    _name = "AOT"
+    _paper = PAPER
+
+    _step_class: type[PairedLogps] | type[UnpairedLogps]
+    _sequences_per_row: int
+
+    def _labels(self, batch: dict[str, Any]) -> Tensor:
+        """[sequences] bool: chosen or positive."""
+        raise NotImplementedError
+
+    def _cached_ref_logps(self, batch: dict[str, Any]) -> Tensor:
+        """[sequences]: the precomputed reference log-probabilities of a batch."""
+        raise NotImplementedError
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._refuse_what_is_not_exact()
+        self._loss = lookup("aot_losses", "aot_loss", self.args.aot_loss)
+        self._loss_options = LossOptions(
+            penalty=lookup("aot_penalties", "aot_penalty", self.args.aot_penalty),
+            beta=self.beta,
+            label_smoothing=self.args.aot_label_smoothing,
+            sort=self.args.aot_sort,
+            epsilon=self.args.aot_sort_epsilon,
+        )
+        self._micro_batches = 1
+        self._step_loss = 0.0
+        self._one_sided_steps = 0
+        self._eval_name = "eval"
+        # The host's evaluation loop gathers our columns over batches and ranks (and drops the
+        # rows that it repeated to fill the last batch); one transport problem is solved on all.
+        self.compute_metrics = self._evaluate_columns
+
+    def _refuse_what_is_not_exact(self) -> None:
+        if self._is_vision_dataset:
+            raise ValueError("`rl: aot` trains on text; the data set has an image column")
+        dropout = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Dropout) and module.p > 0
+        ]
+        if dropout and self.args.aot_batch == "step":
+            raise ValueError(
+                f"dropout is on in {dropout[0]!r} (and {len(dropout) - 1} more modules): the "
+                "scores of a step and its gradient would come from two different networks. Set it "
+                "to 0, or leave `disable_dropout` on"
+            )
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"the mixture-of-experts auxiliary loss (coefficient {self.router_aux_loss_coef}) "
+                "is a mean over micro-batches and can't be exact over a step; set "
+                "`router_aux_loss_coef: 0.0` in the model's config"
+            )
+
+    # Move 1: score.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Any]:
+        """The micro-batches of a step; several of them come regrouped by length and with the
+        weight dL/dlogp of each sequence."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._micro_batches = len(batches)
+        if self.args.aot_batch == "step" and len(batches) > 1:
+            batches = self._weigh([self._prepare_inputs(batch) for batch in batches])
+        return batches, items
+
+    def _weigh(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Moves 1 and 2 for a step of several micro-batches."""
+        sequences = Sequences.from_batches(batches)
+        groups = list(split_evenly(sequences.by_length(), len(batches)))
+        self.model_wrapped.train()  # as in the backward pass: both must see the same network
+        logps = torch.empty(len(sequences), device=self.args.device)
+        ref_logps = torch.empty_like(logps)
+        for rows in groups:
+            batch = self._collate(sequences, rows)
+            with self._no_grad():
+                logps[rows] = self._policy_logps(self.model_wrapped, batch)
+            if not self.precompute_ref_logps:
+                ref_logps[rows] = self._reference_logps(self.model_wrapped, batch)
+        if self.precompute_ref_logps:
+            ref_logps = torch.cat([self._cached_ref_logps(batch) for batch in batches])
+        labels = torch.cat([self._labels(batch) for batch in batches])
+        weights = self._transport(logps, ref_logps, labels)
+        return [{**self._collate(sequences, rows), WEIGHT_KEY: weights[rows]} for rows in groups]
+
+    def _collate(self, sequences: Sequences, rows: Any) -> dict[str, Any]:
+        multiple = getattr(self.data_collator, "pad_to_multiple_of", None) or 1
+        return sequences.collate(rows, self._tokenizer.pad_token_id, multiple)
+
+    @contextlib.contextmanager
+    def _no_grad(self) -> Iterator[None]:
+        with (
+            torch.no_grad(),
+            self.compute_loss_context_manager(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
+            yield
+
+    def _policy_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        return sequence_logps(model, head, batch)
+
+    def _reference_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Log-probabilities under the frozen reference: the loaded reference model, or the policy
+        ``model`` with its adapter disabled (or exchanged for TRL's frozen copy "ref")."""
+        with self._no_grad():
+            if self.ref_model is not None:
+                unwrapped = self.accelerator.unwrap_model(self.ref_model)
+                return sequence_logps(self.ref_model, unwrapped.get_output_embeddings(), batch)
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapters = getattr(unwrapped, "peft_config", None)
+            if adapters is None:  # the precomputing pass of full fine-tuning: before step 1
+                return self._policy_logps(model, batch)
+            with use_adapter(unwrapped, adapter_name="ref" if "ref" in adapters else None):
+                return self._policy_logps(model, batch)
+
+    # Move 2: transport.
+
+    def _transport(self, logps: Tensor, ref_logps: Tensor, labels: Tensor) -> Tensor:
+        """dL/dlogp of this rank's sequences (float32), scaled against the host's averaging over
+        micro-batches and ranks; keeps the loss and reports the step."""
+        rows = torch.stack([logps.detach(), ref_logps, labels], dim=1).double()
+        mine = slice(0, len(rows))
+        scale = 1
+        if self.args.aot_batch == "step":
+            scale = self._micro_batches * self.accelerator.num_processes
+            rows, mine = self._gather(rows)
+        self._check_finite(rows)
+        leaf = rows[:, 0].clone().requires_grad_()
+        step = self._step_class.from_sequences(leaf, rows[:, 1], rows[:, 2].bool())
+        with torch.enable_grad():
+            loss = self._loss(step, self._loss_options)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        self._step_loss = loss.item()
+        self._report(step)
+        return (gradient[mine] * scale).to(logps.dtype)
+
+    def _gather(self, rows: Tensor) -> tuple[Tensor, slice]:
+        """The rows of all ranks (their numbers may differ), and where this rank's stand."""
+        if self.accelerator.num_processes == 1:
+            return rows, slice(0, len(rows))
+        sizes = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+        padded = self.accelerator.pad_across_processes(rows, dim=0)
+        parts = self.accelerator.gather(padded).split(max(sizes))
+        start = sum(sizes[: self.accelerator.process_index])
+        everything = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return everything, slice(start, start + len(rows))
+
+    def _check_finite(self, rows: Tensor) -> None:
+        # Every rank sees the same gathered rows, so all of them raise and none is left waiting.
+        bad = ~torch.isfinite(rows).all(dim=1)
+        if bad.any():
+            raise FloatingPointError(
+                f"{int(bad.sum())} of {len(rows)} sequence log-probabilities are NaN or infinite "
+                f"in step {self.state.global_step + 1}; lower the learning rate, or look at the "
+                "precision (bf16 instead of fp16) and at the rows of this step"
+            )
+
+    # Move 3: backward.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """The surrogate whose gradient is the step's: sum of weight x logp(theta)."""
+        logps = self._policy_logps(model, inputs)
+        weights = inputs.get(WEIGHT_KEY)
+        if weights is None:
+            if self.precompute_ref_logps:
+                ref_logps = self._cached_ref_logps(inputs)
+            else:
+                ref_logps = self._reference_logps(model, inputs)
+            weights = self._transport(logps, ref_logps, self._labels(inputs))
+        return (weights * logps).sum()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's step on the surrogate, with the true loss as its value: the host logs the
+        sum over micro-batches, averaged over ranks."""
+        surrogate = super().training_step(*args, **kwargs)
+        return torch.full_like(surrogate, self._step_loss / self._micro_batches)
+
+    # Move 4: report.
+
+    def _report(self, step: StepLogps) -> None:
+        metrics = self._metrics["train"]
+        u, v = step.u.detach(), step.v.detach()
+        if len(u) == 0 or len(v) == 0:
+            self._one_sided_steps += 1
+            if self._one_sided_steps == 1:
+                LOG.warning(
+                    "step %d holds no %s rows and contributes nothing; `aot/one_sided_steps` "
+                    "counts such steps. A larger effective batch makes them rare",
+                    self.state.global_step + 1,
+                    "positive" if len(u) == 0 else "negative",
+                )
+        else:
+            for name, value in self._statistics(step).items():
+                metrics[name].append(value)
+        metrics["aot/one_sided_steps"] = [float(self._one_sided_steps)]
+        metrics["aot/sorted_u"].append(float(len(u)))
+        metrics["aot/sorted_v"].append(float(len(v)))
+
+    def _statistics(self, step: StepLogps) -> dict[str, float]:
+        """Dominance of U over V (in nats), and the reward metrics that TRL's trainers log."""
+        u, v = step.u.detach(), step.v.detach()
+        stats = dominance_statistics(u.cpu().numpy(), v.cpu().numpy())
+        metrics = {f"aot/{name}": value for name, value in stats.items()}
+        if isinstance(step, PairedLogps):
+            metrics["aot/recoupled_fraction"] = recoupled_fraction(u, v)
+            chosen = (step.chosen - step.ref_chosen).detach() * self.beta
+            rejected = (step.rejected - step.ref_rejected).detach() * self.beta
+            metrics["rewards/accuracies"] = (chosen > rejected).double().mean().item()
+            metrics["logps/chosen"] = step.chosen.mean().item()
+            metrics["logps/rejected"] = step.rejected.mean().item()
+        else:
+            chosen, rejected = u * self.beta, v * self.beta
+            metrics["logps/chosen"] = step.logps[step.is_positive].mean().item()
+            metrics["logps/rejected"] = step.logps[~step.is_positive].mean().item()
+        metrics["rewards/chosen"] = chosen.mean().item()
+        metrics["rewards/rejected"] = rejected.mean().item()
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        return metrics
+
+    # Evaluation: one transport problem over the whole set.
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        self._eval_name = metric_key_prefix
+        return super().evaluation_loop(
+            dataloader, description, False, ignore_keys, metric_key_prefix
+        )
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """Per data row: (logp, reference logp, label, completion tokens) of each sequence."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logps = self._policy_logps(model, inputs)
+        if self.precompute_ref_logps:
+            ref_logps = self._cached_ref_logps(inputs)
+        else:
+            ref_logps = self._reference_logps(model, inputs)
+        tokens = inputs["completion_mask"][:, 1:].sum(dim=1)
+        columns = torch.stack([logps, ref_logps, self._labels(inputs), tokens], dim=1).double()
+        per_row = columns.unflatten(0, (self._sequences_per_row, -1)).transpose(0, 1)
+        return None, per_row.contiguous(), torch.ones(len(per_row), device=per_row.device)
+
+    def _evaluate_columns(self, prediction: EvalPrediction) -> dict[str, float]:
+        rows = torch.from_numpy(np.asarray(prediction.predictions, dtype=np.float64)).flatten(0, 1)
+        self._check_finite(rows)
+        step = self._step_class.from_sequences(rows[:, 0], rows[:, 1], rows[:, 2].bool())
+        metrics = {"loss": self._loss(step, self._loss_options).item()}
+        if len(step.u) == 0 or len(step.v) == 0:
+            LOG.warning("the evaluation set holds one label only: there is nothing to compare")
+            return metrics
+        return metrics | self._statistics(step)
+
+
+class AOTPairedTrainer(AOTTrainerMixin, AxolotlDPOTrainer):
+    """AOT on preference pairs, over the host's DPO trainer (data, adapters, reference)."""
+
+    _step_class = PairedLogps
+    _sequences_per_row = 2
+
+    def _labels(self, batch: dict[str, Any]) -> Tensor:
+        # TRL's collator puts the chosen responses of a batch before the rejected ones.
+        n = len(batch["input_ids"])
+        return torch.arange(n, device=batch["input_ids"].device) < n // 2
+
+    def _cached_ref_logps(self, batch: dict[str, Any]) -> Tensor:
+        return torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+
+    def _compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """What TRL calls to precompute (and cache on disk) the reference log-probabilities."""
+        return self._reference_logps(model, inputs).chunk(2)
+
+
+class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
+    """AOT on labelled rows, over the host's KTO trainer (data, adapters, reference)."""
+
+    _step_class = UnpairedLogps
+    _sequences_per_row = 1
+
+    def _labels(self, batch: dict[str, Any]) -> Tensor:
+        return torch.as_tensor(batch["label"], device=batch["input_ids"].device).bool()
+
+    def _cached_ref_logps(self, batch: dict[str, Any]) -> Tensor:
+        return batch["ref_logps"]
+
+    def _compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """What TRL calls to precompute (and cache on disk) the reference log-probabilities."""
+        return self._reference_logps(model, inputs), None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Steps with both labels, unless the YAML asks for an order of its own."""
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        step_rows = (
+            self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
+        return StratifiedSampler(dataset["label"], step_rows, seed)
