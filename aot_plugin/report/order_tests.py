@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from aot_plugin.report.dominance import (
+from .dominance import (
     FloatArray,
     IntArray,
     as_sample,

@@ -1,0 +1,274 @@
+"""The data of one evaluation: what the trainer writes down and everything else is computed from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .dominance import FloatArray
+
+Mode = Literal["paired", "unpaired"]
+
+DIRECTORY = "aot"
+"""Where a run's evaluations lie, under its output directory."""
+
+COLUMNS: dict[str, dict[str, type]] = {
+    "paired": {
+        "chosen_logps": np.float64,
+        "rejected_logps": np.float64,
+        "ref_chosen_logps": np.float64,
+        "ref_rejected_logps": np.float64,
+        "chosen_tokens": np.int64,
+        "rejected_tokens": np.int64,
+    },
+    "unpaired": {
+        "logps": np.float64,
+        "ref_logps": np.float64,
+        "label": np.bool_,
+        "tokens": np.int64,
+    },
+}
+"""Names and dtypes of the columns of each mode."""
+
+_METADATA_KEY = b"aot_plugin"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Log-probabilities of one evaluation set under policy and reference. Build it with
+    `Scores.paired` or `Scores.unpaired`.
+
+    All log-probabilities are of whole completions, in nats: log pi(completion | prompt) summed
+    over completion tokens. Non-finite values can be stored; the statistics refuse them.
+    """
+
+    mode: Mode
+    beta: float
+    """reward = beta * logratio."""
+    step: int
+    """Optimizer step at which the model was evaluated."""
+    eval_set: str
+    columns: Mapping[str, NDArray[Any]]
+    """Arrays of shape (n,), one a name in COLUMNS[mode]; read-only copies."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in COLUMNS:
+            raise ValueError(f"mode: expected one of {sorted(COLUMNS)}, got {self.mode!r}")
+        expected = COLUMNS[self.mode]
+        if self.columns.keys() != expected.keys():
+            raise ValueError(
+                f"columns of a {self.mode} evaluation are {sorted(expected)}, "
+                f"got {sorted(self.columns)}"
+            )
+        columns: dict[str, NDArray[Any]] = {
+            name: np.array(self.columns[name], dtype=dtype) for name, dtype in expected.items()
+        }
+        shapes = {name: column.shape for name, column in columns.items()}
+        if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 1:
+            raise ValueError(f"columns must be vectors of one length, got {shapes}")
+        for column in columns.values():
+            column.setflags(write=False)
+        object.__setattr__(self, "columns", columns)
+
+    @classmethod
+    def paired(
+        cls,
+        *,
+        beta: float,
+        step: int,
+        eval_set: str,
+        chosen_logps: ArrayLike,
+        rejected_logps: ArrayLike,
+        ref_chosen_logps: ArrayLike,
+        ref_rejected_logps: ArrayLike,
+        chosen_tokens: ArrayLike,
+        rejected_tokens: ArrayLike,
+    ) -> Scores:
+        """Pairs of completions of one prompt each; every column has shape (n,).
+
+        `*_logps` are the policy's log-probabilities, `ref_*` the reference's, `*_tokens` numbers of
+        completion tokens. Raises ValueError for columns of unequal length.
+        """
+        columns: dict[str, Any] = {
+            "chosen_logps": chosen_logps,
+            "rejected_logps": rejected_logps,
+            "ref_chosen_logps": ref_chosen_logps,
+            "ref_rejected_logps": ref_rejected_logps,
+            "chosen_tokens": chosen_tokens,
+            "rejected_tokens": rejected_tokens,
+        }
+        return cls("paired", float(beta), int(step), eval_set, columns)
+
+    @classmethod
+    def unpaired(
+        cls,
+        *,
+        beta: float,
+        step: int,
+        eval_set: str,
+        logps: ArrayLike,
+        ref_logps: ArrayLike,
+        label: ArrayLike,
+        tokens: ArrayLike,
+    ) -> Scores:
+        """Single completions, label True for desired ones; every column has shape (n,).
+
+        Raises ValueError for columns of unequal length.
+        """
+        columns: dict[str, Any] = {
+            "logps": logps,
+            "ref_logps": ref_logps,
+            "label": label,
+            "tokens": tokens,
+        }
+        return cls("unpaired", float(beta), int(step), eval_set, columns)
+
+    @property
+    def is_paired(self) -> bool:
+        return self.mode == "paired"
+
+    @property
+    def chosen_logratios(self) -> FloatArray:
+        """log(pi/pi_ref) of chosen completions (unpaired: of positives), nats."""
+        if self.is_paired:
+            return self.columns["chosen_logps"] - self.columns["ref_chosen_logps"]
+        return self._logratios[self.columns["label"]]
+
+    @property
+    def rejected_logratios(self) -> FloatArray:
+        """log(pi/pi_ref) of rejected completions (unpaired: of negatives), nats."""
+        if self.is_paired:
+            return self.columns["rejected_logps"] - self.columns["ref_rejected_logps"]
+        return self._logratios[~self.columns["label"]]
+
+    @property
+    def _logratios(self) -> FloatArray:
+        return self.columns["logps"] - self.columns["ref_logps"]
+
+    @property
+    def chosen_rewards(self) -> FloatArray:
+        """beta * chosen_logratios, nats."""
+        return self.beta * self.chosen_logratios
+
+    @property
+    def rejected_rewards(self) -> FloatArray:
+        """beta * rejected_logratios, nats."""
+        return self.beta * self.rejected_logratios
+
+    @property
+    def chosen_tokens(self) -> NDArray[np.int64]:
+        """Completion tokens of chosen completions (unpaired: of positives)."""
+        if self.is_paired:
+            return self.columns["chosen_tokens"]
+        return self.columns["tokens"][self.columns["label"]]
+
+    @property
+    def rejected_tokens(self) -> NDArray[np.int64]:
+        """Completion tokens of rejected completions (unpaired: of negatives)."""
+        if self.is_paired:
+            return self.columns["rejected_tokens"]
+        return self.columns["tokens"][~self.columns["label"]]
+
+    @property
+    def u(self) -> FloatArray:
+        """The sample that AOT wants to dominate, nats.
+
+        Paired: the policy's margins log pi(chosen) - log pi(rejected), shape (n,). Unpaired: the
+        positives' logratios.
+        """
+        if self.is_paired:
+            return self.columns["chosen_logps"] - self.columns["rejected_logps"]
+        return self.chosen_logratios
+
+    @property
+    def v(self) -> FloatArray:
+        """The sample that `u` should dominate, nats.
+
+        Paired: the reference's margins, shape (n,). Unpaired: the negatives' logratios.
+        """
+        if self.is_paired:
+            return self.columns["ref_chosen_logps"] - self.columns["ref_rejected_logps"]
+        return self.rejected_logratios
+
+    @property
+    def stem(self) -> str:
+        """`<eval set>-step<step>`, safe as part of a file name and different for every eval set."""
+        return f"{_file_name_part(self.eval_set)}-step{self.step}"
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes `directory`/scores-<eval set>-step<step>.parquet and returns its path.
+
+        The file appears whole or not at all; an older one of the same name is replaced.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        about = {
+            "format": _FORMAT,
+            "mode": self.mode,
+            "beta": self.beta,
+            "step": self.step,
+            "eval_set": self.eval_set,
+        }
+        table = pa.table(dict(self.columns)).replace_schema_metadata(
+            {_METADATA_KEY: json.dumps(about).encode()}
+        )
+        path = Path(directory) / f"scores-{self.stem}.parquet"
+        write_atomically(path, lambda file: pq.write_table(table, file))
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """Reads what `save` wrote. Raises ValueError for a Parquet file of other origin."""
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(os.fspath(path))
+        about = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+        if about.get("format") != _FORMAT:
+            raise ValueError(
+                f"{path}: not an evaluation in format {_FORMAT} of aot-plugin "
+                f"(format found: {about.get('format')})"
+            )
+        columns = {name: table[name].to_numpy() for name in table.column_names}
+        return cls(about["mode"], about["beta"], about["step"], about["eval_set"], columns)
+
+
+def load_run(output_dir: str | os.PathLike[str]) -> list[Scores]:
+    """All evaluations under `output_dir`/aot, by step and then by eval set; [] if there are none.
+
+    Raises ValueError for a scores file that isn't ours.
+    """
+    paths = (Path(output_dir) / DIRECTORY).glob("scores-*.parquet")
+    return sorted(map(Scores.load, paths), key=lambda scores: (scores.step, scores.eval_set))
+
+
+def _file_name_part(name: str) -> str:
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".")[:80]
+    if plain == name and name:
+        return name
+    # Different names must not fall together where what sets them apart was replaced or cut.
+    return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
+
+
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Calls `write` with a temporary file beside `path`, then moves it there in one step.
+
+    The folder is made if needed. If `write` raises, `path` is untouched and nothing is left over.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(str(temporary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

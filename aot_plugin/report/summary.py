@@ -1,0 +1,178 @@
+"""The numbers of one evaluation: dominance with intervals and tests, accuracy, rewards, lengths."""
+
+from __future__ import annotations
+
+import json
+import os
+from math import isfinite
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dominance import (
+    FloatArray,
+    as_sample,
+    bootstrap_intervals,
+    dominance_statistics,
+    resampled_indices,
+)
+from .order_tests import almost_dominance, dominance_test
+from .scores import Scores, write_atomically
+
+LEVEL = 0.95
+"""Level of every interval in a summary."""
+
+
+class _Options(TypedDict):
+    paired: bool
+    n_resamples: int
+    seed: int
+
+
+def summarize(scores: Scores, n_resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """All numbers of one evaluation, as plain JSON values (null where a number isn't defined).
+
+    - `mode`, `beta`, `step`, `eval_set`, `n_chosen`, `n_rejected`, `level`, `n_resamples`
+    - `margins`: what AOT's loss compares, u against v (`Scores.u`, `Scores.v`), and `rewards`:
+      the chosen rewards against the rejected ones; each holds
+      `statistics` (see `dominance_statistics`; nats), `intervals` of the same keys,
+      `test` (see `dominance_test`; H0: the first sample dominates),
+      `violation_ratio` and its `violation_ratio_upper` limit (see `almost_dominance`),
+      `first_mean`, `second_mean`
+    - `accuracy` and `accuracy_interval`: the probability that a chosen reward exceeds a rejected
+      one, ties counting one half: within the pairs, or over all pairs of a positive with a
+      negative (Mann and Whitney's U / (n m)), with its bootstrap interval
+    - `recoupled_fraction`: paired only, the share of rows whose v of equal rank belongs to
+      another row (0: AOT's loss on these rows is the pairwise one)
+    - `length`: `length_bias` of the chosen and of the rejected completions, apart, so that a
+      difference in length *between* them isn't taken for a bias within
+
+    Raises ValueError naming what is empty ("chosen rewards", ...) or not finite.
+    """
+    chosen = as_sample(scores.chosen_rewards, "chosen rewards")
+    rejected = as_sample(scores.rejected_rewards, "rejected rewards")
+    options: _Options = {"paired": scores.is_paired, "n_resamples": n_resamples, "seed": seed}
+    win_rate, win_rate_interval = accuracy(chosen, rejected, **options)
+    found = {
+        "mode": scores.mode,
+        "beta": scores.beta,
+        "step": scores.step,
+        "eval_set": scores.eval_set,
+        "n_chosen": chosen.size,
+        "n_rejected": rejected.size,
+        "level": LEVEL,
+        "n_resamples": n_resamples,
+        "margins": _comparison(scores.u, scores.v, **options),
+        "rewards": _comparison(chosen, rejected, **options),
+        "accuracy": win_rate,
+        "accuracy_interval": win_rate_interval,
+        "recoupled_fraction": recoupled_fraction(scores.u, scores.v) if scores.is_paired else None,
+        "length": {
+            "chosen": length_bias(chosen, scores.chosen_tokens),
+            "rejected": length_bias(rejected, scores.rejected_tokens),
+        },
+    }
+    return _plain(found)
+
+
+def save_summary(
+    summary: dict[str, Any], scores: Scores, directory: str | os.PathLike[str]
+) -> Path:
+    """Writes `directory`/dominance-<eval set>-step<step>.json and returns its path."""
+    path = Path(directory) / f"dominance-{scores.stem}.json"
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: Path(file).write_text(text, encoding="utf-8"))
+    return path
+
+
+def accuracy(
+    chosen: FloatArray, rejected: FloatArray, paired: bool, n_resamples: int, seed: int
+) -> tuple[float, tuple[float, float]]:
+    """P(chosen > rejected) + P(chosen = rejected)/2, with its percentile bootstrap interval.
+
+    paired: over the rows of chosen (n,) and rejected (n,). Otherwise over all n m pairs, which is
+    the area under the ROC curve; computed from ranks (Mann and Whitney 1947).
+    """
+    blocks = resampled_indices(chosen.size, rejected.size, paired, n_resamples, seed)
+    if paired:
+        wins = (1.0 + np.sign(chosen - rejected)) / 2.0
+        value = float(np.mean(wins))
+        drawn = np.concatenate([wins[i].mean(axis=-1) for i, _ in blocks])
+    else:
+        value = float(_mann_whitney(chosen, rejected))
+        drawn = np.concatenate([_mann_whitney(chosen[i], rejected[j]) for i, j in blocks])
+    low, high = np.quantile(drawn, ((1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0))
+    return value, (float(low), float(high))
+
+
+def _mann_whitney(x: FloatArray, y: FloatArray) -> FloatArray:
+    from scipy.stats import rankdata
+
+    n, m = x.shape[-1], y.shape[-1]
+    ranks = rankdata(np.concatenate([x, y], axis=-1), axis=-1)
+    return np.asarray((ranks[..., :n].sum(axis=-1) - n * (n + 1) / 2) / (n * m))
+
+
+def recoupled_fraction(u: FloatArray, v: FloatArray) -> float:
+    """The share of rows i whose partner in the monotone coupling of u (n,) and v (n,) isn't v[i].
+
+    Ties are broken by position, as in `aot_plugin.transport.recoupled_fraction`.
+    """
+    return float(np.mean(np.argsort(u, kind="stable") != np.argsort(v, kind="stable")))
+
+
+def length_bias(rewards: FloatArray, tokens: NDArray[np.int64]) -> dict[str, Any]:
+    """How far the reward (n,) of a completion follows its number of tokens (n,).
+
+    - `spearman`: rank correlation; NaN where all rewards or all lengths are equal
+    - `quartiles`: for each quarter of the lengths `tokens_from`, `tokens_to`, `n` and
+      `mean_reward`. A length belongs to one quarter only, so where many completions share a length
+      quarters are of unequal size and an empty one is left out.
+    """
+    from scipy.stats import rankdata
+
+    x, y = rankdata(rewards), rankdata(tokens)
+    spread = float(np.std(x) * np.std(y))
+    spearman = float(np.mean((x - x.mean()) * (y - y.mean()))) / spread if spread else float("nan")
+    edges = np.quantile(tokens, [0.25, 0.5, 0.75], method="inverted_cdf")
+    quarter = np.searchsorted(edges, tokens, side="left")
+    quartiles = [
+        {
+            "tokens_from": int(tokens[members].min()),
+            "tokens_to": int(tokens[members].max()),
+            "n": int(members.sum()),
+            "mean_reward": float(rewards[members].mean()),
+        }
+        for members in (quarter == k for k in range(4))
+        if members.any()
+    ]
+    return {"spearman": spearman, "quartiles": quartiles}
+
+
+def _comparison(
+    first: FloatArray, second: FloatArray, paired: bool, n_resamples: int, seed: int
+) -> dict[str, Any]:
+    options: _Options = {"paired": paired, "n_resamples": n_resamples, "seed": seed}
+    almost = almost_dominance(first, second, level=LEVEL, **options)
+    return {
+        "first_mean": float(np.mean(first)),
+        "second_mean": float(np.mean(second)),
+        "statistics": dominance_statistics(first, second),
+        "intervals": bootstrap_intervals(first, second, level=LEVEL, **options),
+        "test": dominance_test(first, second, **options)._asdict(),
+        "violation_ratio": almost.ratio,
+        "violation_ratio_upper": almost.upper,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """`value` with NaN as None: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    return value

@@ -1,0 +1,131 @@
+import json
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu, spearmanr
+
+from aot_plugin.report.dominance import bootstrap_intervals, dominance_statistics
+from aot_plugin.report.order_tests import almost_dominance, dominance_test
+from aot_plugin.report.scores import Scores
+from aot_plugin.report.summary import (
+    accuracy,
+    length_bias,
+    recoupled_fraction,
+    save_summary,
+    summarize,
+)
+
+few = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_every_number_is_the_one_of_its_function(mode, make_paired, make_unpaired):
+    scores = make_paired() if mode == "paired" else make_unpaired()
+    options = {"paired": mode == "paired", "n_resamples": 50, "seed": 3}
+    found = summarize(scores, n_resamples=50, seed=3)
+    for key, first, second in [
+        ("margins", scores.u, scores.v),
+        ("rewards", scores.chosen_rewards, scores.rejected_rewards),
+    ]:
+        part = found[key]
+        assert part["statistics"] == dominance_statistics(first, second)
+        intervals = bootstrap_intervals(first, second, **options)
+        assert {name: tuple(ends) for name, ends in part["intervals"].items()} == intervals
+        assert tuple(part["test"].values()) == dominance_test(first, second, **options)
+        almost = almost_dominance(first, second, **options)
+        assert (part["violation_ratio"], part["violation_ratio_upper"]) == almost
+        assert (part["first_mean"], part["second_mean"]) == (first.mean(), second.mean())
+    assert found["n_chosen"] + found["n_rejected"] == (120 if mode == "paired" else 60)
+    assert (found["recoupled_fraction"] is None) == (mode == "unpaired")
+    assert found["length"]["chosen"] == length_bias(scores.chosen_rewards, scores.chosen_tokens)
+
+
+def test_what_is_not_defined_is_null_and_the_file_is_json(make_paired, tmp_path):
+    columns = dict(make_paired().columns)
+    columns["chosen_logps"] = columns["ref_chosen_logps"]
+    columns["rejected_logps"] = columns["ref_rejected_logps"]
+    scores = Scores("paired", 0.1, 0, "eval", columns)  # before the first step: policy = reference
+    found = summarize(scores, n_resamples=20)
+    assert found["margins"]["violation_ratio"] is None
+    assert found["length"]["chosen"]["spearman"] is None
+    assert found["margins"]["statistics"]["w1"] == 0
+    assert found["accuracy"] == 0.5
+    path = save_summary(found, scores, tmp_path)
+    assert path.name == "dominance-eval-step0.json"
+    assert json.loads(path.read_text()) == found
+
+
+@pytest.mark.parametrize(("positives", "name"), [(0, "chosen"), (60, "rejected")])
+def test_a_one_sided_evaluation_is_named(positives, name, make_unpaired):
+    with pytest.raises(ValueError, match=f"^{name} rewards: the sample is empty"):
+        summarize(make_unpaired(positives=positives))
+
+
+@given(few, few)
+def test_unpaired_accuracy_counts_all_pairs(chosen, rejected):
+    pairs = list(product(chosen, rejected))
+    wins = sum((c > r) + 0.5 * (c == r) for c, r in pairs)
+    value, _ = accuracy(np.array(chosen), np.array(rejected), False, n_resamples=2, seed=0)
+    assert value == pytest.approx(wins / len(pairs))
+    u = mannwhitneyu(chosen, rejected).statistic
+    assert value == pytest.approx(u / len(pairs))
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=9))
+def test_paired_accuracy_counts_rows(rows):
+    chosen, rejected = np.array(rows, dtype=float).T
+    value, _ = accuracy(chosen, rejected, True, n_resamples=2, seed=0)
+    assert value == pytest.approx(np.mean([(c > r) + 0.5 * (c == r) for c, r in rows]))
+
+
+def test_accuracy_intervals_are_as_wide_as_theory_says():
+    random = np.random.default_rng(0)
+    chosen, rejected = random.normal(0.5, 1, 400), random.normal(0, 1, 400)
+    value, (low, high) = accuracy(chosen, rejected, True, n_resamples=2000, seed=0)
+    width = 2 * 1.96 * (value * (1 - value) / 400) ** 0.5
+    assert high - low == pytest.approx(width, rel=0.1)
+    value, (low, high) = accuracy(chosen, rejected, False, n_resamples=2000, seed=0)
+    # DeLong's variance: that of each row's share of wins, by side.
+    wins = (chosen[:, None] > rejected).astype(float)
+    variance = wins.mean(1).var() / 400 + wins.mean(0).var() / 400
+    assert high - low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.1)
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=9))
+def test_recoupled_fraction_equals_the_trainers(rows):
+    torch = pytest.importorskip("torch")
+    from aot_plugin.transport import recoupled_fraction as of_tensors
+
+    u, v = np.array(rows, dtype=float).T
+    expected = of_tensors(torch.tensor(u.copy()), torch.tensor(v.copy()))
+    assert recoupled_fraction(u, v) == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 30)), min_size=3, max_size=30))
+def test_spearman_is_scipys(rows):
+    rewards, tokens = np.array([r for r, _ in rows], float), np.array([t for _, t in rows])
+    found = length_bias(rewards, tokens)["spearman"]
+    if np.ptp(rewards) == 0 or np.ptp(tokens) == 0:
+        assert np.isnan(found)
+    else:
+        assert found == pytest.approx(spearmanr(rewards, tokens).statistic)
+
+
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 30)), min_size=1, max_size=40))
+def test_quartiles_partition_the_completions(rows):
+    rewards, tokens = np.array([r for r, _ in rows], float), np.array([t for _, t in rows])
+    quartiles = length_bias(rewards, tokens)["quartiles"]
+    assert sum(quarter["n"] for quarter in quartiles) == len(rows)
+    assert all(a["tokens_to"] < b["tokens_from"] for a, b in pairwise(quartiles))
+    for quarter in quartiles:
+        members = (tokens >= quarter["tokens_from"]) & (tokens <= quarter["tokens_to"])
+        assert quarter["n"] == members.sum()
+        assert quarter["mean_reward"] == pytest.approx(rewards[members].mean())
+
+
+def test_different_lengths_make_quarters_of_equal_size():
+    quartiles = length_bias(np.zeros(40), np.random.default_rng(0).permutation(40))["quartiles"]
+    assert [quarter["n"] for quarter in quartiles] == [10, 10, 10, 10]
