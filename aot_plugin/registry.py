@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
@@ -31,9 +32,17 @@ def plugin_manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager(hookspecs.PROJECT_NAME)
     manager.add_hookspecs(hookspecs)
     manager.register(_Builtin(), name="aot_plugin builtin")
-    manager.load_setuptools_entrypoints(hookspecs.PROJECT_NAME)
+    # Not load_setuptools_entrypoints: of two packages that chose the same entry-point name, it
+    # loads one and skips the other in silence.
+    for entry in entry_points(group=hookspecs.PROJECT_NAME):
+        manager.register(entry.load(), name=_owner(entry))
     manager.check_pending()
     return manager
+
+
+def _owner(entry: EntryPoint) -> str:
+    """How messages name a package: what one would uninstall, and its entry point."""
+    return f"{entry.dist.name if entry.dist else entry.value} ({entry.name})"
 
 
 def registered(hook: str) -> dict[str, Any]:

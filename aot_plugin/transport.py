@@ -77,14 +77,17 @@ def soft_sort(x: Tensor, epsilon: float) -> Tensor:
 
     n = len(x)
     w = torch.sort(x, descending=True).values
-    z = torch.arange(n, 0, -1, device=x.device, dtype=x.dtype) / epsilon
-    residual = z - w
-    fit = isotonic_regression(residual.detach().cpu().double().numpy(), increasing=False)
-    starts = torch.as_tensor(fit.blocks, device=x.device)
+    rank = torch.arange(n, 0, -1, device=x.device, dtype=torch.float64)
+    residual = rank / epsilon - w.detach().double()
+    fit = isotonic_regression(residual.cpu().numpy(), increasing=False)
+    starts = torch.as_tensor(fit.blocks, dtype=torch.int64, device=x.device)
     sizes = torch.diff(starts)
     block = torch.repeat_interleave(torch.arange(len(sizes), device=x.device), sizes)
-    sums = torch.zeros(len(sizes), device=x.device, dtype=x.dtype).index_add(0, block, residual)
-    return (z - (sums / sizes)[block]).flip(0)
+    # z minus the block's mean of (z - w), with the large z taken out exactly: mean of w, and how
+    # far the rank is from the middle of its block. A block of one is w itself, to the last bit.
+    means = torch.zeros(len(sizes), device=x.device, dtype=x.dtype).index_add(0, block, w) / sizes
+    from_middle = rank - rank[starts[:-1]][block] + (sizes[block] - 1) / 2
+    return (means[block] + (from_middle / epsilon).to(x.dtype)).flip(0)
 
 
 def transport_value(
@@ -120,7 +123,12 @@ def transport_value(
 def recoupled_fraction(u: Tensor, v: Tensor) -> float:
     """The share of rows whose partner in the optimal coupling is another row (n = m required).
 
-    0 means that AOT is the pairwise loss (DPO with this penalty) on these rows.
+    0 means that AOT is the pairwise loss (DPO with this penalty) on these rows. Ties in one sample
+    are broken by the other, so it is 0 wherever u and v are in the same order.
     """
-    pairs = coupling(u, v)
-    return (pairs.u_index != pairs.v_index).double().mean().item()
+    return (_lexicographic_order(u, v) != _lexicographic_order(v, u)).double().mean().item()
+
+
+def _lexicographic_order(first: Tensor, second: Tensor) -> Tensor:
+    order = torch.argsort(second, stable=True)
+    return order[torch.argsort(first[order], stable=True)]
