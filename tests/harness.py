@@ -1,0 +1,167 @@
+"""Runs of the host on tiny inputs: configs, data, and what a run left behind.
+
+``train`` calls what the host's own command calls (``axolotl.cli.train.do_cli``) in this process,
+since an import of the host takes longer than a tiny run; ``axolotl`` starts the real command.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+WORDS = (
+    "apple river stone cloud green happy table light music dance bread water house dream garden "
+    "winter summer forest ocean silver"
+).split()
+
+ENV = {
+    **os.environ,
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run wrote into its last checkpoint."""
+
+    checkpoint: Path
+
+    @classmethod
+    def last(cls, output_dir: Path) -> "Run":
+        checkpoints = sorted(
+            output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+        )
+        assert checkpoints, f"no checkpoint in {output_dir}: {sorted(output_dir.iterdir())}"
+        return cls(checkpoints[-1])
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        return json.loads((self.checkpoint / "trainer_state.json").read_text())["log_history"]
+
+    def logged(self, key: str) -> list[float]:
+        """The values of a metric, in the order of the steps."""
+        return [entry[key] for entry in self.history if key in entry]
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        names = ("model.safetensors", "adapter_model.safetensors")
+        path = next(self.checkpoint / name for name in names if (self.checkpoint / name).exists())
+        return load_file(path)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sentence(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(words))
+
+
+def paired_rows(n: int, seed: int = 0, words: int = 6) -> list[dict[str, Any]]:
+    """Responses of equal length, so that couplings differ from the identity (see DESIGN)."""
+    rng = random.Random(seed)
+    return [
+        {
+            "messages": [{"role": "user", "content": sentence(rng, 5)}],
+            "chosen": {"role": "assistant", "content": sentence(rng, words)},
+            "rejected": {"role": "assistant", "content": sentence(rng, words)},
+        }
+        for _ in range(n)
+    ]
+
+
+def unpaired_rows(
+    n: int, seed: int = 0, words: int = 6, positive_every: int = 3
+) -> list[dict[str, Any]]:
+    """Every third row positive, as strings that the host's own KTO strategies read."""
+    rng = random.Random(seed)
+    return [
+        {
+            "prompt": sentence(rng, 5),
+            "completion": sentence(rng, words),
+            "label": i % positive_every == 0,
+        }
+        for i in range(n)
+    ]
+
+
+def config(model: Path, data: Path, output_dir: Path, **keys: Any) -> dict[str, Any]:
+    """A config that trains a tiny model in float32 on the CPU, deterministic, saved at the end."""
+    steps = keys.get("max_steps", 5)
+    unpaired = keys.get("aot_mode") == "unpaired" or keys.get("rl") == "kto"
+    return {
+        "base_model": str(model),
+        "rl": "aot",
+        "rl_beta": 0.1,
+        "datasets": [
+            {
+                "path": str(data),
+                "ds_type": "json",
+                "split": "train",
+                "type": "chatml.ultra" if unpaired else "chat_template.default",
+            }
+        ],
+        "sequence_len": 256,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "max_steps": steps,
+        "optimizer": "adamw_torch",
+        "learning_rate": 0.003,
+        "lr_scheduler": "constant",
+        "save_strategy": "steps",
+        "save_steps": steps,
+        "logging_steps": 1,
+        "output_dir": str(output_dir),
+        "dataset_prepared_path": str(output_dir.parent / "prepared"),
+        "bf16": False,
+        "fp16": False,
+        "seed": 1,
+        **({"remove_unused_columns": False} if keys.get("rl") == "kto" else {}),
+        **keys,
+    }
+
+
+def write_config(path: Path, cfg: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(cfg))
+    return path
+
+
+def train(cfg: dict[str, Any]) -> Run:
+    """Train in this process, by the function that the host's command calls."""
+    from axolotl.cli.train import do_cli
+
+    output_dir = Path(cfg["output_dir"])
+    path = write_config(output_dir.parent / f"{output_dir.name}.yml", cfg)
+    # The host parses sys.argv for its own options.
+    with mock.patch.object(sys, "argv", ["train"]), mock.patch.dict(os.environ, ENV):
+        do_cli(config=str(path))
+    return Run.last(output_dir)
+
+
+def axolotl(*args: str | Path, timeout: int = 600, check: bool = True, **env: str) -> str:
+    """Run the host's command; returns its whole output."""
+    done = subprocess.run(
+        ["axolotl", *map(str, args)],
+        env={**ENV, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+    if check and done.returncode != 0:
+        raise AssertionError(f"axolotl {args} failed:\n{done.stdout[-6000:]}")
+    return done.stdout
