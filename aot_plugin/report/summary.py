@@ -118,9 +118,10 @@ def _mann_whitney(x: FloatArray, y: FloatArray) -> FloatArray:
 def recoupled_fraction(u: FloatArray, v: FloatArray) -> float:
     """The share of rows i whose partner in the monotone coupling of u (n,) and v (n,) isn't v[i].
 
-    Ties are broken by position, as in `aot_plugin.transport.recoupled_fraction`.
+    Ties in one sample are broken by the other, as in `aot_plugin.transport.recoupled_fraction`:
+    it is 0 wherever u and v are in the same order.
     """
-    return float(np.mean(np.argsort(u, kind="stable") != np.argsort(v, kind="stable")))
+    return float(np.mean(np.lexsort((v, u)) != np.lexsort((u, v))))
 
 
 def length_bias(rewards: FloatArray, tokens: NDArray[np.int64]) -> dict[str, Any]:

@@ -1,0 +1,212 @@
+"""Quantile plots, after Figure 1 of the paper (arXiv 2406.05882).
+
+Matplotlib is imported when a plot is drawn (the extra `plot`), and only its object interface with
+the Agg canvas is used: the user's backend and pyplot's figures are left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from .dominance import FloatArray, dominance_statistics, quantile_curve
+from .scores import Scores, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LOG = logging.getLogger(__name__)
+
+# Dark blue and orange keep apart for the colour-blind and, with their line styles, in grey.
+FIRST_STYLE: dict[str, Any] = {"color": "#1f4e9c", "linewidth": 1.8, "linestyle": "-"}
+SECOND_STYLE: dict[str, Any] = {"color": "#d2691e", "linewidth": 1.8, "linestyle": (0, (4, 2))}
+VIOLATION_STYLE: dict[str, Any] = {
+    "facecolor": "#b22222",
+    "alpha": 0.35,
+    "hatch": "////",
+    "edgecolor": "#5c0000",
+}
+DOMINANCE_STYLE: dict[str, Any] = {"facecolor": "#808080", "alpha": 0.15, "linewidth": 0.0}
+
+
+@cache
+def matplotlib_is_here() -> bool:
+    """Whether plots can be drawn; the first time they can't, one log line says what to install."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        LOG.warning("no quantile plots without matplotlib: pip install 'aot-plugin[plot]'")
+        return False
+    return True
+
+
+class Panel(NamedTuple):
+    """Two samples, of shapes (n,) and (m,), the first of which should dominate the second."""
+
+    first: FloatArray
+    second: FloatArray
+    names: tuple[str, str]
+    quantity: str
+    """Label of the vertical axis, with its unit."""
+    title: str
+
+
+def rewards_panel(scores: Scores) -> Panel:
+    """Panel (a): the chosen rewards and the rejected ones."""
+    names = ("chosen", "rejected") if scores.is_paired else ("positive", "negative")
+    return Panel(
+        scores.chosen_rewards,
+        scores.rejected_rewards,
+        names,
+        f"reward β·log(π/π_ref) [nats], β = {scores.beta:g}",
+        f"(a) rewards of {names[0]} and {names[1]} completions",
+    )
+
+
+def margins_panel(scores: Scores) -> Panel:
+    """Panel (b), paired only: the policy's margins and the reference's."""
+    return Panel(
+        scores.u,
+        scores.v,
+        ("policy", "reference"),
+        "margin log π(chosen) − log π(rejected) [nats]",
+        "(b) margins under policy and reference",
+    )
+
+
+def draw_quantiles(axes: Axes, panel: Panel) -> None:
+    """Draws both empirical quantile functions exactly, as steps over the level t.
+
+    Where the first lies below the second, so that it doesn't dominate, the area between them is
+    hatched: its size is `violation_amount`. Elsewhere the area is light grey: `dominance_amount`.
+
+    Raises ValueError for an empty or non-finite sample.
+    """
+    levels, x, y = quantile_curve(panel.first, panel.second)
+    first_name, second_name = panel.names
+    _shade(axes, levels, x, y, label=f"violation: {first_name} below {second_name}")
+    axes.stairs(y, levels, baseline=None, label=second_name, **SECOND_STYLE)
+    axes.stairs(x, levels, baseline=None, label=first_name, **FIRST_STYLE)
+    axes.set_ylabel(panel.quantity, fontsize=9)
+    axes.legend(loc=_free_corner(x, y), fontsize=8, framealpha=0.8)
+    found = dominance_statistics(panel.first, panel.second)
+    axes.set_title(
+        f"{panel.title}\n"
+        f"violation {found['violation_amount']:.3g} nats, on {found['violation_fraction']:.1%} of "
+        f"t; dominance {found['dominance_amount']:.3g}; W1 {found['w1']:.3g}",
+        loc="left",
+        fontsize=9,
+    )
+    _level_axis(axes)
+
+
+def draw_gap(axes: Axes, panel: Panel) -> None:
+    """Draws the first quantile function minus the second: below 0 is violation, hatched.
+
+    The two curves themselves can lie too close to tell apart where their spread is large.
+    """
+    levels, x, y = quantile_curve(panel.first, panel.second)
+    _shade(axes, levels, x - y, np.zeros_like(x))
+    axes.stairs(x - y, levels, baseline=None, color="black", linewidth=1.0)
+    axes.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_ylabel("gap [nats]", fontsize=9)
+    axes.set_xlabel("quantile level t", fontsize=9)
+    _level_axis(axes)
+
+
+def _shade(
+    axes: Axes, levels: FloatArray, x: FloatArray, y: FloatArray, label: str | None = None
+) -> None:
+    # Repeating each value at both ends of its step makes fill_between follow the steps.
+    t, upper, lower = np.repeat(levels, 2)[1:-1], np.repeat(x, 2), np.repeat(y, 2)
+    axes.fill_between(t, lower, upper, where=(upper > lower).tolist(), **DOMINANCE_STYLE)
+    axes.fill_between(
+        t, lower, upper, where=(upper < lower).tolist(), label=label, **VIOLATION_STYLE
+    )
+
+
+def _free_corner(x: FloatArray, y: FloatArray) -> Literal["lower right", "upper left"]:
+    """Where a legend fits: non-decreasing curves leave the upper left free unless they rise early,
+    and then the lower right. matplotlib's own "best" is slow on many steps."""
+    low, high = min(x[0], y[0]), max(x[-1], y[-1])
+    middle = len(x) // 2
+    rises_early = max(x[middle], y[middle]) > low + 0.7 * (high - low)
+    return "lower right" if rises_early else "upper left"
+
+
+def _level_axis(axes: Axes) -> None:
+    axes.set_xlim(0, 1)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def draw_panels(panels: Sequence[Panel], title: str) -> Figure:
+    """A figure with one column a panel: the quantile functions and, below them, their gap.
+
+    Raises ImportError without matplotlib, ValueError where a sample is empty or not finite.
+    """
+    figure = new_figure(5.2 * len(panels), 5.2)
+    axes = figure.subplots(
+        2, len(panels), squeeze=False, sharex=True, gridspec_kw={"height_ratios": [3, 1]}
+    )
+    for column, panel in enumerate(panels):
+        draw_quantiles(axes[0, column], panel)
+        draw_gap(axes[1, column], panel)
+    figure.suptitle(literal(title), fontsize=10)
+    return figure
+
+
+def quantile_figure(scores: Scores) -> Figure:
+    """The plot of one evaluation: panels (a) and (b) if paired, panel (a) if unpaired.
+
+    Raises ImportError without matplotlib, ValueError where a sample is empty or not finite.
+    """
+    panels = [rewards_panel(scores)]
+    if scores.is_paired:
+        panels.append(margins_panel(scores))
+    return draw_panels(panels, describe(scores))
+
+
+def literal(text: str) -> str:
+    """`text` so that matplotlib doesn't read formulas into it: a name may hold dollar signs."""
+    return text.replace("$", r"\$")
+
+
+def describe(scores: Scores) -> str:
+    """One line: eval set, step and numbers of completions."""
+    if scores.is_paired:
+        size = f"n = {len(scores.u)} pairs"
+    else:
+        size = f"n = {len(scores.u)} positives, m = {len(scores.v)} negatives"
+    return f"{scores.eval_set}, step {scores.step}, {size}"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure with the Agg canvas, unknown to pyplot; sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_quantile_plot(scores: Scores, directory: str | os.PathLike[str]) -> Path | None:
+    """Writes `directory`/quantiles-<eval set>-step<step>.png and returns its path.
+
+    Without matplotlib returns None and logs a hint once. Raises ValueError where a sample is empty
+    or not finite.
+    """
+    if not matplotlib_is_here():
+        return None
+    figure = quantile_figure(scores)
+    path = Path(directory) / f"quantiles-{scores.stem}.png"
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    return path
