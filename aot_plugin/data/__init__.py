@@ -1,0 +1,28 @@
+"""Prompt strategies for unpaired rows: (prompt, completion, label) with the chat template.
+
+The host has no such strategy, and its schema drops the options of a ``datasets:`` entry that it
+does not know. So an entry whose ``type`` is one of ours is rewritten before the host validates it
+(``resolve_unpaired_datasets``): its options move to ``aot_datasets``, and its type becomes a name
+that the host resolves to a function of this package (``strategy_factory``).
+
+    options.py     what an entry may say, and the rewriting
+    labels.py      a cell of the label column -> positive, negative or dropped
+    rows.py        a row -> examples (prompt turns, completion turn, label); all that knows schemas
+    render.py      an example -> the two strings that the model is trained on
+    strategy.py    the above as the batched map that the host calls
+    accounting.py  what became of every row
+    loading.py     the host's loading, with checks and a table around it (heavy to import)
+    tokens.py      those strings -> token ids, past what TRL's KTO trainer would make of them
+"""
+
+from .accounting import check_labels
+from .options import resolve_unpaired_datasets
+from .strategy import strategy_factory
+from .tokens import prepare_tokens
+
+__all__ = [
+    "check_labels",
+    "prepare_tokens",
+    "resolve_unpaired_datasets",
+    "strategy_factory",
+]

@@ -1,0 +1,90 @@
+"""From a cell of the label column to a label."""
+
+import math
+from enum import StrEnum
+from typing import Any
+
+
+class Drop(StrEnum):
+    """Why a row does not reach training; the values head the columns of the table in the log."""
+
+    EMPTY = "empty"
+    UNLABELED = "unlabeled"
+    BETWEEN = "between thresholds"
+    TOO_LONG = "too long"
+    DUPLICATE = "duplicate"
+
+
+WORDS = {
+    "good": True,
+    "bad": False,
+    "chosen": True,
+    "rejected": False,
+    "true": True,
+    "false": False,
+    "positive": True,
+    "negative": False,
+    "desirable": True,
+    "undesirable": False,
+    "thumbs_up": True,
+    "thumbs_down": False,
+    "1": True,
+    "0": False,
+}
+"""Label strings, compared without case and surrounding blanks."""
+
+MISSING = ("", "n/a", "na", "nan", "none", "null")
+"""Strings that stand for an absent label (UltraFeedback writes N/A)."""
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds no label or rating."""
+    if isinstance(value, str):
+        return value.strip().lower() in MISSING
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def parse_label(value: Any) -> bool | Drop:
+    """The label that a cell states.
+
+    Raises:
+        ValueError: if the value is neither a label nor missing; names the accepted ones.
+    """
+    if is_missing(value):
+        return Drop.UNLABELED
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in WORDS:
+        return WORDS[value.strip().lower()]
+    hint = ""
+    if isinstance(value, int | float):
+        hint = "; for a rating, set `positive_min` and `negative_max`"
+    accepted = ", ".join(f'"{word}"' for word in WORDS)
+    raise ValueError(f"{value!r} is not a label; accepted are true/false, 1/0, {accepted}{hint}")
+
+
+def parse_number(value: Any) -> float | Drop:
+    """The number that a cell states; datasets store ratings as numbers or as strings.
+
+    Raises:
+        ValueError: if the value is neither a number nor missing.
+    """
+    if is_missing(value):
+        return Drop.UNLABELED
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise ValueError(f"{value!r} is not a number")
+
+
+def label_from_rating(rating: float, positive_min: float, negative_max: float) -> bool | Drop:
+    """Positive from ``positive_min`` up, negative from ``negative_max`` down, else dropped."""
+    if rating >= positive_min:
+        return True
+    if rating <= negative_max:
+        return False
+    return Drop.BETWEEN

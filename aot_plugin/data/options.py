@@ -1,0 +1,283 @@
+"""What a ``datasets:`` entry of an unpaired run may say, and its rewriting for the host."""
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+LOADER_KEYS = ("path", "split", "name", "data_files", "ds_type", "revision", "trust_remote_code")
+"""Keys of an entry that say where the rows are; the host reads them."""
+
+Cell = Callable[[Mapping[str, Any], str], Any]
+
+
+class ConversationOptions(BaseModel):
+    """Options of every strategy: where the prompt is and how it is rendered."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    field_messages: str = "messages"
+    field_prompt: str = "prompt"
+    field_system: str = "system"
+    system_prompt: str | None = None
+    message_property_mappings: dict[str, str] = Field(default_factory=dict)
+    roles: dict[str, list[str]] = {
+        "user": ["user", "human", "prompter"],
+        "assistant": ["assistant", "gpt"],
+        "system": ["system"],
+        "tool": ["tool"],
+    }
+    chat_template: str | None = None
+    chat_template_jinja: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ConversationOptions":
+        if {"field_messages", "field_prompt"} <= self.model_fields_set:
+            raise ValueError("`field_messages` and `field_prompt` both name the prompt: keep one")
+        for name in ("role", "content"):
+            self.message_property_mappings.setdefault(name, name)
+        if self.chat_template_jinja and self.chat_template not in (None, "jinja"):
+            raise ValueError(
+                f"`chat_template_jinja` needs `chat_template: jinja`, not {self.chat_template!r}"
+            )
+        if self.chat_template_jinja:
+            self.chat_template = "jinja"
+        if self.chat_template:
+            _check_template(self.chat_template, self.chat_template_jinja)
+        return self
+
+
+class _Thresholds(ConversationOptions):
+    positive_min: float | None = Field(default=None, strict=False, allow_inf_nan=False)
+    negative_max: float | None = Field(default=None, strict=False, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check_thresholds(self) -> "_Thresholds":
+        if (self.positive_min is None) != (self.negative_max is None):
+            raise ValueError("`positive_min` and `negative_max` go together: set both or none")
+        low, high = self.negative_max, self.positive_min
+        if low is not None and high is not None and high <= low:
+            raise ValueError(f"`positive_min: {high:g}` must be above `negative_max: {low:g}`")
+        return self
+
+
+class DefaultOptions(_Thresholds):
+    """``chat_template.default``: one response per row."""
+
+    field_completion: str = "completion"
+    field_label: str = "label"
+
+
+class PairedOptions(ConversationOptions):
+    """``chat_template.paired``: a chosen and a rejected response per row."""
+
+    field_chosen: str = "chosen"
+    field_rejected: str = "rejected"
+
+
+class ListwiseOptions(_Thresholds):
+    """``chat_template.listwise``: several responses per row.
+
+    They are the elements of a list column (``field_responses``; then ``field_completion`` and
+    ``field_label`` name members of an element), or columns of their own (then both are lists of
+    column names).
+    """
+
+    field_responses: str | None = None
+    field_completion: str | list[str] = "response"
+    field_label: str | list[str] = "label"
+    field_preference: str | None = None
+    best_and_worst: bool = False
+    lower_is_better: bool = False
+
+    @model_validator(mode="after")
+    def _check_listwise(self) -> "ListwiseOptions":
+        columns = isinstance(self.field_completion, list)
+        if columns == (self.field_responses is not None):
+            raise ValueError(
+                "name the responses once: `field_responses` for a list column, or a list of "
+                "columns in `field_completion`"
+            )
+        if self.field_preference is not None:
+            if not isinstance(self.field_completion, list) or len(self.field_completion) != 2:
+                raise ValueError("`field_preference` compares two columns in `field_completion`")
+            others = {"field_label", "best_and_worst", "positive_min"} & self.model_fields_set
+            if others:
+                raise ValueError(
+                    f"`field_preference` and `{min(others)}` both decide the labels: keep one"
+                )
+        elif isinstance(self.field_label, list) != columns or (
+            columns and len(self.field_label) != len(self.field_completion)
+        ):
+            raise ValueError(
+                "`field_label` must have the form of `field_completion`: one name with "
+                "`field_responses`, else a list of as many columns"
+            )
+        if self.best_and_worst and self.positive_min is not None:
+            raise ValueError("`best_and_worst` and `positive_min` both decide the labels: keep one")
+        if self.lower_is_better and not self.best_and_worst:
+            raise ValueError("`lower_is_better` needs `best_and_worst: true`")
+        return self
+
+    def responses(self, row: Mapping[str, Any], cell: Cell) -> Iterator[tuple[Any, str]]:
+        """(where to look, field) of every response of a row."""
+        return self._parts(row, self.field_completion, cell)
+
+    def labels(self, row: Mapping[str, Any], cell: Cell) -> Iterator[tuple[Any, str]]:
+        """(where to look, field) of every response's label, in the same order."""
+        return self._parts(row, self.field_label, cell)
+
+    def _parts(
+        self, row: Mapping[str, Any], field: str | list[str], cell: Cell
+    ) -> Iterator[tuple[Any, str]]:
+        if isinstance(field, list):
+            yield from ((row, column) for column in field)
+        elif self.field_responses is not None:
+            yield from ((part, field) for part in cell(row, self.field_responses) or [])
+
+
+def resolve_unpaired_datasets(
+    entries: Sequence[Mapping[str, Any]], where: str = "datasets"
+) -> tuple[list[Any], dict[str, dict[str, Any]]]:
+    """Rewrite the entries whose ``type`` is one of ours for the host.
+
+    Pure: the entries are not changed. An entry of the host's own types comes back as it is. The
+    new type ends in a hash of all that the entry says, so that the host's cache of prepared
+    datasets, which hashes the type, is not reused after a change of our options.
+
+    Args:
+        entries: the raw list under ``datasets:`` or ``test_datasets:``.
+        where: the name of that list, for messages and because the host validates the two
+            differently.
+
+    Returns:
+        The entries for the host, and the options of ours by the key that the type ends in.
+
+    Raises:
+        ValueError: an unknown type or key, a missing or contradictory option; the message names
+            ``where[i].key``.
+    """
+    rewritten: list[Any] = []
+    options: dict[str, dict[str, Any]] = {}
+    for index, entry in enumerate(entries):
+        at = f"{where}[{index}]"
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"`{at}` must be a mapping with `path` and `type`, not {entry!r}")
+        name = entry.get("type")
+        if name == "chat_template":
+            name = "chat_template.default"
+        if name not in _strategies():
+            _check_host_type(name, at)
+            rewritten.append(entry)
+            continue
+        loader = {key: entry[key] for key in LOADER_KEYS if entry.get(key) is not None}
+        own = {k: v for k, v in entry.items() if k not in (*LOADER_KEYS, "type") and v is not None}
+        if "path" not in loader:
+            raise ValueError(f"`{at}.path` is missing")
+        _validated(name, own, at)
+        resolved = {"strategy": name, "options": own, "source": loader}
+        digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:12]
+        options[digest] = resolved
+        host_entry = {**loader, "type": f"aot_plugin.unpaired_{digest}"}
+        # The host takes `test_datasets:` as written, but converts the entries of `datasets:`.
+        rewritten.append(_keep_all_keys(host_entry) if where == "datasets" else host_entry)
+    return rewritten, options
+
+
+def parsed_options(resolved: Mapping[str, Any]) -> ConversationOptions:
+    """The options object of a value of ``aot_datasets``."""
+    return _strategies()[resolved["strategy"]].options(**plain(resolved["options"]))
+
+
+def plain(value: Any) -> Any:
+    """Built-in dicts and lists all the way down: the host's config wraps mappings in a class whose
+    missing keys are None."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def _strategies() -> dict[str, Any]:
+    from .strategy import strategies
+
+    return strategies()
+
+
+def _validated(name: str, own: dict[str, Any], at: str) -> None:
+    model = _strategies()[name].options
+    try:
+        model(**plain(own))
+    except ValidationError as error:
+        raise ValueError(
+            "; ".join(_readable(problem, name, model, at) for problem in error.errors())
+        ) from None
+
+
+def _readable(problem: Any, name: str, model: type[BaseModel], at: str) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join((*LOADER_KEYS, *model.model_fields))
+        return f"`{at}.{key}` is not an option of `type: {name}`; accepted are {known}"
+    if problem["type"] == "value_error":
+        return f"`{at}`: {problem['ctx']['error']}"
+    return f"`{at}.{key}: {problem['input']}` is wrong: {problem['msg']}"
+
+
+def _check_template(choice: str, jinja: str | None) -> None:
+    from axolotl.utils.chat_templates import get_chat_template
+
+    # The tokenizer's own template is known only later.
+    if not choice.startswith("tokenizer_default"):
+        get_chat_template(choice, jinja_template=jinja)
+
+
+_HOST_MODULE = "axolotl.prompt_strategies.kto"
+
+
+def _check_host_type(name: Any, at: str) -> None:
+    # A mapping is the host's user-defined type; no type at all means rows that are ready.
+    if not name or isinstance(name, Mapping):
+        return
+    module, _, function = str(name).rpartition(".")
+    for candidate in (f"{_HOST_MODULE}.{module}", module):
+        if module and _find(candidate) and hasattr(importlib.import_module(candidate), function):
+            return
+    ours = ", ".join(_strategies())
+    raise ValueError(
+        f"`{at}.type: {name}` is not a strategy for unpaired rows; accepted are {ours}, the host's "
+        f"{', '.join(_host_types())}, a user-defined mapping, or `<module>.<function>`"
+    )
+
+
+def _find(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _host_types() -> Iterable[str]:
+    package = importlib.import_module(_HOST_MODULE)
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{_HOST_MODULE}.{info.name}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_"):
+                yield f"{info.name}.{name}"
+
+
+def _keep_all_keys(entry: dict[str, Any]) -> Any:
+    # The host's KTODataset knows neither `name` nor `ds_type`, but what is one already stays.
+    from axolotl.utils.schemas.datasets import KTODataset
+
+    class UnpairedDataset(KTODataset):
+        name: str | None = None
+        ds_type: str | None = None
+
+    return UnpairedDataset(**entry)

@@ -1,0 +1,261 @@
+"""From a row to examples: the one place that knows schemas.
+
+A strategy's ``examples(row, options)`` yields, for every response that the row holds, an
+``Example`` or the reason for which it is dropped. A response may be a string, an assistant turn,
+or turns whose last one is the assistant's; turns that open with the user or the system are a whole
+conversation and bring their own prompt.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from .labels import Drop, label_from_rating, parse_label, parse_number
+from .options import ConversationOptions, DefaultOptions, ListwiseOptions, PairedOptions
+
+Row = Mapping[str, Any]
+Turn = dict[str, Any]
+"""A message as chat templates take it: ``role``, ``content`` and further mapped properties."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled completion of one prompt."""
+
+    prompt: list[Turn]
+    completion: Turn
+    label: bool
+
+
+Outcome = Example | Drop
+
+
+@dataclass(frozen=True)
+class PromptStrategy:
+    """What a ``type:`` stands for: the options it takes and how it reads a row.
+
+    ``options`` is validated with unknown keys refused; ``examples`` gets the row and an instance
+    of it. Subclass ``ConversationOptions`` to have the chat template, roles and system prompt.
+    """
+
+    options: type[ConversationOptions]
+    examples: Callable[[Row, Any], Iterable[Outcome]]
+
+
+class RowError(ValueError):
+    """A row that can't be read; the message names the field and shows the value."""
+
+
+def default_examples(row: Row, options: DefaultOptions) -> Iterator[Outcome]:
+    """One response per row, with its label or rating."""
+    has_completion = options.field_completion in row or "field_completion" in explicit(options)
+    response = (
+        cell(row, options.field_completion) if has_completion else cell(row, options.field_messages)
+    )
+    label = judge(row, options.field_label, options)
+    yield example(row, response, label, options, prompted=has_completion)
+
+
+def paired_examples(row: Row, options: PairedOptions) -> Iterator[Outcome]:
+    """Two responses to one prompt: the chosen one is positive, the rejected one negative."""
+    for field, label in ((options.field_chosen, True), (options.field_rejected, False)):
+        yield example(row, cell(row, field), label, options)
+
+
+def listwise_examples(row: Row, options: ListwiseOptions) -> Iterator[Outcome]:
+    """Several responses to one prompt, judged each by itself or against each other."""
+    responses = [cell(part, field) for part, field in options.responses(row, cell)]
+    if options.field_preference is not None:
+        labels = _prefer(row, options.field_preference)
+    elif options.best_and_worst:
+        labels = _best_and_worst(row, options)
+    else:
+        labels = [judge(part, field, options) for part, field in options.labels(row, cell)]
+    for response, label in zip(responses, labels, strict=True):
+        yield example(row, response, label, options)
+
+
+BUILTIN: dict[str, PromptStrategy] = {
+    "chat_template.default": PromptStrategy(DefaultOptions, default_examples),
+    "chat_template.paired": PromptStrategy(PairedOptions, paired_examples),
+    "chat_template.listwise": PromptStrategy(ListwiseOptions, listwise_examples),
+}
+
+
+def example(
+    row: Row,
+    response: Any,
+    label: bool | Drop,
+    options: ConversationOptions,
+    prompted: bool = True,
+) -> Outcome:
+    """The example of one response; its prompt is the row's unless the response brings its own.
+
+    Raises:
+        RowError: if prompt or response are not text, or a role is unknown.
+    """
+    if isinstance(label, Drop):
+        return label
+    turns = as_turns(response, "assistant", options)
+    if prompted and (not turns or turns[0]["role"] == "assistant"):
+        turns = [*_prompt(row, options), *turns]
+    turns = _with_system(row, turns, options)
+    if len(turns) < 2 or turns[-1]["role"] != "assistant" or turns[-2]["role"] == "assistant":
+        return Drop.EMPTY
+    if not turns[-1]["content"].strip() or not any(
+        turn["content"].strip() for turn in turns[:-1] if turn["role"] != "system"
+    ):
+        return Drop.EMPTY
+    return Example(turns[:-1], turns[-1], label)
+
+
+def cell(row: Row, field: str) -> Any:
+    """The value of a column; ``a.b`` is the member ``b`` of column ``a``.
+
+    Raises:
+        RowError: if there is no such column.
+    """
+    if field in row:
+        return row[field]
+    value: Any = row
+    for part in field.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise RowError(f"there is no column `{field}`; the row has {', '.join(row)}")
+        value = value[part]
+    return value
+
+
+def judge(row: Row, field: str, options: DefaultOptions | ListwiseOptions) -> bool | Drop:
+    """The label in a column: as it stands or, with thresholds, from its rating.
+
+    Raises:
+        RowError: if the value is no label (or, with thresholds, no number).
+    """
+    value = cell(row, field)
+    try:
+        if options.positive_min is None or options.negative_max is None:
+            return parse_label(value)
+        rating = parse_number(value)
+    except ValueError as error:
+        raise RowError(f"`{field}`: {error}") from None
+    if isinstance(rating, Drop):
+        return rating
+    return label_from_rating(rating, options.positive_min, options.negative_max)
+
+
+def as_turns(value: Any, role: str, options: ConversationOptions) -> list[Turn]:
+    """Turns from a string (one turn of ``role``), a turn, a list of turns or a transcript.
+
+    Raises:
+        RowError: for any other value, or a role that the entry's ``roles`` do not map.
+    """
+    if value is None:
+        return []
+    if isinstance(value, str):
+        transcript = _TRANSCRIPT_TURN.split(value)
+        if len(transcript) > 1 and not transcript[0].strip():
+            return _from_transcript(transcript)
+        return [{"role": role, "content": value}]
+    if isinstance(value, Mapping):
+        return [_turn(value, options)]
+    if isinstance(value, Sequence):
+        return [_turn(message, options) for message in value]
+    raise RowError(f"{_short(value)} is neither text nor a list of turns")
+
+
+def explicit(options: BaseModel) -> set[str]:
+    """The options that the entry sets itself."""
+    return options.model_fields_set
+
+
+# Anthropic/hh-rlhf: the whole conversation in one string.
+_TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def _from_transcript(parts: list[str]) -> list[Turn]:
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[who], "content": text.strip()}
+        for who, text in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def _turn(message: Any, options: ConversationOptions) -> Turn:
+    mapping = options.message_property_mappings
+    if not isinstance(message, Mapping) or not {mapping["role"], mapping["content"]} <= set(
+        message
+    ):
+        raise RowError(
+            f"{_short(message)} is not a turn with `{mapping['role']}` and `{mapping['content']}`; "
+            "set `message_property_mappings`"
+        )
+    source = message[mapping["role"]]
+    targets = {name: role for role, names in options.roles.items() for name in names}
+    if source not in targets:
+        raise RowError(f"role {source!r} is unknown; known are {', '.join(targets)}: set `roles`")
+    content = message[mapping["content"]]
+    if not isinstance(content, str | None):
+        raise RowError(f"{_short(content)} is not the text of a turn")
+    turn = {"role": targets[source], "content": content or ""}
+    for name, field in mapping.items():
+        if name not in turn and message.get(field) is not None:
+            turn[name] = message[field]
+    return turn
+
+
+def _prompt(row: Row, options: ConversationOptions) -> list[Turn]:
+    written = explicit(options)
+    if "field_messages" in written or (
+        "field_prompt" not in written and options.field_prompt not in row
+    ):
+        return as_turns(cell(row, options.field_messages), "user", options)
+    return as_turns(cell(row, options.field_prompt), "user", options)
+
+
+def _with_system(row: Row, turns: list[Turn], options: ConversationOptions) -> list[Turn]:
+    if turns and turns[0]["role"] == "system":
+        return turns
+    required = "field_system" in explicit(options)
+    system = cell(row, options.field_system) if required else row.get(options.field_system)
+    text = system if isinstance(system, str) and system.strip() else options.system_prompt
+    return [{"role": "system", "content": text}, *turns] if text else turns
+
+
+def _prefer(row: Row, field: str) -> list[bool | Drop]:
+    try:
+        preference = parse_number(cell(row, field))
+    except ValueError as error:
+        raise RowError(f"`{field}`: {error}") from None
+    if isinstance(preference, Drop):
+        return [preference, preference]
+    if preference == 0:
+        return [Drop.BETWEEN, Drop.BETWEEN]
+    return [preference < 0, preference > 0]
+
+
+def _best_and_worst(row: Row, options: ListwiseOptions) -> list[bool | Drop]:
+    labels: list[bool | Drop] = []
+    ratings: dict[int, float] = {}
+    for index, (part, field) in enumerate(options.labels(row, cell)):
+        try:
+            rating = parse_number(cell(part, field))
+        except ValueError as error:
+            raise RowError(f"`{field}`: {error}") from None
+        if isinstance(rating, Drop):
+            labels.append(rating)
+            continue
+        labels.append(Drop.BETWEEN)
+        ratings[index] = -rating if options.lower_is_better else rating
+    # With all ratings equal nothing is better than anything else.
+    if ratings and max(ratings.values()) > min(ratings.values()):
+        labels[max(ratings, key=ratings.__getitem__)] = True
+        labels[min(ratings, key=ratings.__getitem__)] = False
+    return labels
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

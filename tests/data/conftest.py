@@ -1,0 +1,100 @@
+"""Models of some thousand weights with real tokenizers, and the host's own loading."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from axolotl.cli.config import load_cfg
+from axolotl.utils.dict import DictDefault
+from data_helpers import SMOLLM2, make_tokenizer
+from datasets import Dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import KTOConfig, KTOTrainer
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """``model_dir(family)``: a directory with a tokenizer and a model of some thousand weights."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family == "smollm2" and not SMOLLM2.is_dir():
+            pytest.skip("outputs/smollm2-135m-instruct is missing: see example_configs/quickstart")
+        if family not in made:
+            folder = made[family] = tmp_path_factory.mktemp(family)
+            make_tokenizer(folder, family)
+            torch.manual_seed(0)
+            vocab = len(AutoTokenizer.from_pretrained(folder))
+            config = LlamaConfig(
+                vocab_size=vocab,
+                hidden_size=8,
+                intermediate_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                num_key_value_heads=1,
+            )
+            LlamaForCausalLM(config).save_pretrained(folder)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def tokenizer(model_dir):
+    """A tokenizer with a chat template, where any will do."""
+    return AutoTokenizer.from_pretrained(model_dir("chatml"))
+
+
+@pytest.fixture
+def config(model_dir, tmp_path):
+    """``config(datasets, **keys)``: the config of an unpaired run, loaded by the host."""
+
+    def make(datasets: list[dict[str, Any]], family: str = "chatml", **keys: Any) -> DictDefault:
+        raw = {
+            "base_model": str(model_dir(family)),
+            "rl": "aot",
+            "aot_mode": "unpaired",
+            "plugins": ["aot_plugin.AOTPlugin"],
+            "datasets": datasets,
+            "dataset_prepared_path": str(tmp_path / "prepared"),
+            "output_dir": str(tmp_path / "out"),
+            "sequence_len": 256,
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "num_epochs": 1,
+            "learning_rate": 1e-4,
+            "dataset_num_proc": 1,
+            "shuffle_merged_datasets": False,
+        }
+        return load_cfg(DictDefault(raw | keys))
+
+    return make
+
+
+@pytest.fixture
+def trl_prepare(model_dir, tmp_path):
+    """``trl_prepare(family)``: how TRL's KTO trainer prepares a dataset."""
+
+    def prepare(family: str) -> Callable[[Dataset], Dataset]:
+        folder = model_dir(family)
+
+        def run(dataset: Dataset) -> Dataset:
+            trainer = KTOTrainer(
+                model=LlamaForCausalLM.from_pretrained(folder),
+                processing_class=AutoTokenizer.from_pretrained(folder),
+                args=KTOConfig(
+                    output_dir=str(tmp_path / "kto"),
+                    loss_type="apo_zero_unpaired",
+                    report_to="none",
+                    use_cpu=True,
+                    bf16=False,
+                ),
+                train_dataset=dataset,
+            )
+            return trainer.train_dataset
+
+        return run
+
+    return prepare

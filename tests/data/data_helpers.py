@@ -1,0 +1,80 @@
+"""Real tokenizers with real templates, and rows on disk."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mistral_common
+from axolotl.utils.chat_templates import get_chat_template
+from transformers import AutoTokenizer
+
+SMOLLM2 = Path(__file__).parents[2] / "outputs" / "smollm2-135m-instruct"
+MISTRAL_VOCAB = (
+    Path(mistral_common.__file__).parent / "data/mistral_instruct_tokenizer_240323.model.v3"
+)
+
+MISTRAL = """{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+  {%- set system = messages[0]['content'] + '\n\n' %}{%- set turns = messages[1:] %}
+{%- else %}{%- set system = '' %}{%- set turns = messages %}{%- endif %}
+{%- for turn in turns %}
+  {%- if turn['role'] == 'user' %}
+    {{- '[INST] ' + (system if loop.last or loop.index0 == turns|length - 2 else '') }}
+    {{- turn['content'] + '[/INST]' }}
+  {%- else %}{{- ' ' + turn['content'] + eos_token }}{%- endif %}
+{%- endfor %}"""
+
+MERLINITE = """{%- for turn in messages %}
+  {%- if turn['role'] == 'system' %}{{- '<|system|>\n' + turn['content'] + '\n' }}
+  {%- elif turn['role'] == 'user' %}{{- '<|user|>\n' + turn['content'] + '\n' }}
+  {%- else %}
+    {{- '<|assistant|>\n' + turn['content'] + eos_token + ('' if loop.last else '\n') }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\n' }}{%- endif %}"""
+
+FAMILIES = {
+    "smollm2": None,
+    "mistral": {"bos_token": "<s>", "eos_token": "</s>", "template": MISTRAL},
+    "llama3": {
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot_id|>",
+        "special": ["<|start_header_id|>", "<|end_header_id|>"],
+        "template": get_chat_template("llama3"),
+    },
+    "merlinite": {
+        "bos_token": "<s>",
+        "eos_token": "<|endoftext|>",
+        "special": ["<|system|>", "<|user|>", "<|assistant|>"],
+        "template": MERLINITE,
+    },
+    "chatml": {
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "special": ["<|im_start|>"],
+        "template": get_chat_template("chatml"),
+    },
+}
+
+
+def make_tokenizer(folder: Path, family: str) -> None:
+    spec = FAMILIES[family]
+    if spec is None:
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(SMOLLM2 / name, folder)
+        return
+    shutil.copy(MISTRAL_VOCAB, folder / "tokenizer.model")
+    config = {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "add_bos_token": True}
+    config |= {key: spec[key] for key in ("bos_token", "eos_token")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": spec.get("special", [])})
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = spec["template"]
+    tokenizer.save_pretrained(folder)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
