@@ -171,7 +171,7 @@ def resolve_unpaired_datasets(
         name = entry.get("type")
         if name == "chat_template":
             name = "chat_template.default"
-        if name not in _strategies():
+        if not isinstance(name, str) or name not in _strategies():
             _check_host_type(name, at)
             rewritten.append(entry)
             continue

@@ -1,0 +1,237 @@
+"""From rows to examples, without tokenizer or host."""
+
+import pytest
+
+from aot_plugin.data import resolve_unpaired_datasets
+from aot_plugin.data.labels import Drop
+from aot_plugin.data.rows import Example
+from aot_plugin.data.strategy import outcomes
+
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello."}
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+def read(row, kind="default", **options):
+    entry = {"path": "rows.jsonl", "type": f"chat_template.{kind}", **options}
+    _, resolved = resolve_unpaired_datasets([entry])
+    return list(outcomes([row], *resolved.values(), first_row=17))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "completion": "Hello.", "label": True},
+        {"prompt": [USER], "completion": "Hello.", "label": True},
+        {"prompt": USER, "completion": ANSWER, "label": True},
+        {"prompt": [USER], "completion": [ANSWER], "label": True},
+        {"messages": [USER], "completion": "Hello.", "label": True},
+        {"messages": [USER, ANSWER], "label": True},
+        {"prompt": "Hi", "completion": [USER, ANSWER], "label": True},
+        {"completion": [USER, ANSWER], "label": True},
+        {"completion": "\n\nHuman: Hi\n\nAssistant: Hello.", "label": True},
+    ],
+)
+def test_forms_of_one_example(row):
+    assert read(row) == [Example([USER], ANSWER, True)]
+
+
+def test_multi_turn_and_system_from_turns_column_and_option():
+    turns = [USER, ANSWER, USER]
+    with_system = [Example([SYSTEM, *turns], ANSWER, False)]
+    rest = {"completion": "Hello.", "label": 0}
+    assert read({"prompt": [SYSTEM, *turns], **rest}) == with_system
+    assert read({"prompt": turns, "system": "Be kind.", **rest}) == with_system
+    assert read({"prompt": turns, "tone": "Be kind.", **rest}, field_system="tone") == with_system
+    assert read({"prompt": turns, **rest}, system_prompt="Be kind.") == with_system
+    # What the row says goes before the option.
+    assert read({"prompt": [SYSTEM, *turns], **rest}, system_prompt="No.") == with_system
+    assert read({"prompt": turns, "system": "Be kind.", **rest}, system_prompt="No.") == with_system
+    assert read({"prompt": turns, "system": None, **rest}, system_prompt="Be kind.") == with_system
+
+
+def test_turns_after_the_completion_s_first_are_a_longer_prompt():
+    row = {"prompt": [USER], "completion": [ANSWER, USER, ANSWER], "label": True}
+    assert read(row) == [Example([USER, ANSWER, USER], ANSWER, True)]
+
+
+def test_mapped_roles_and_properties():
+    row = {
+        "conversations": [
+            {"from": "human", "value": "Hi"},
+            {"from": "gpt", "value": "Hello.", "thought": "Greet."},
+        ],
+        "verdict": "good",
+    }
+    mapping = {"role": "from", "content": "value", "reasoning_content": "thought"}
+    found = read(
+        row,
+        field_messages="conversations",
+        field_label="verdict",
+        message_property_mappings=mapping,
+    )
+    assert found == [Example([USER], ANSWER | {"reasoning_content": "Greet."}, True)]
+    row["conversations"][0]["from"] = "customer"
+    with pytest.raises(ValueError, match="role 'customer' is unknown; known are user, human"):
+        read(
+            row,
+            field_messages="conversations",
+            field_label="verdict",
+            message_property_mappings=mapping,
+        )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": None, "completion": "Hello.", "label": True},
+        {"prompt": " ", "completion": "Hello.", "label": True},
+        {"prompt": [], "completion": "Hello.", "label": True},
+        {"prompt": [SYSTEM], "completion": "Hello.", "label": True},
+        {"prompt": "Hi", "completion": None, "label": True},
+        {"prompt": "Hi", "completion": "\n", "label": True},
+        {"prompt": "Hi", "completion": [], "label": True},
+        {"prompt": "Hi", "completion": [{"role": "assistant", "content": None}], "label": True},
+        {"messages": [USER], "label": True},
+        {"messages": [USER, ANSWER, USER], "label": True},
+    ],
+)
+def test_empty(row):
+    assert read(row) == [Drop.EMPTY]
+
+
+def test_unlabeled():
+    assert read({"prompt": "Hi", "completion": "Hello.", "label": None}) == [Drop.UNLABELED]
+
+
+@pytest.mark.parametrize(
+    ("rating", "label"), [(5, True), (4, True), ("3.5", None), (2, False), (1, False)]
+)
+def test_ratings(rating, label):
+    row = {"prompt": "Hi", "completion": "Hello.", "stars": rating}
+    (found,) = read(row, field_label="stars", positive_min=4, negative_max=2)
+    assert found == (Drop.BETWEEN if label is None else Example([USER], ANSWER, label))
+
+
+def test_paired_forms():
+    bad = {"role": "assistant", "content": "What?"}
+    expected = [Example([USER], ANSWER, True), Example([USER], bad, False)]
+    for row in (
+        {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"},
+        {"messages": [USER], "chosen": ANSWER, "rejected": bad},
+        {"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": [USER, bad]},
+        {"chosen": [USER, ANSWER], "rejected": [USER, bad]},
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: What?",
+        },
+    ):
+        assert read(row, "paired") == expected
+    # The half that can be used is used.
+    row = {"prompt": "Hi", "chosen": "Hello.", "rejected": ""}
+    assert read(row, "paired") == [expected[0], Drop.EMPTY]
+
+
+def test_listwise_in_a_list_column():
+    def labels(ratings, **options):
+        row = {
+            "instruction": "Hi",
+            "completions": [
+                {"response": f"Answer {i}.", "scores": {"overall": rating}}
+                for i, rating in enumerate(ratings)
+            ],
+        }
+        found = read(
+            row,
+            "listwise",
+            field_prompt="instruction",
+            field_responses="completions",
+            field_label="scores.overall",
+            **options,
+        )
+        for i, outcome in enumerate(found):
+            if isinstance(outcome, Example):
+                assert outcome.prompt == [USER]
+                assert outcome.completion["content"] == f"Answer {i}."
+        return [o.label if isinstance(o, Example) else o.value for o in found]
+
+    between, unlabeled = "between thresholds", "unlabeled"
+    assert labels([8, "3", 5, None], positive_min=7, negative_max=4) == [
+        True,
+        False,
+        between,
+        unlabeled,
+    ]
+    assert labels([], positive_min=7, negative_max=4) == []
+    assert labels([2, 9, "N/A", 5], best_and_worst=True) == [False, True, unlabeled, between]
+    assert labels([2, 9, 5], best_and_worst=True, lower_is_better=True) == [True, False, between]
+    assert labels([5, 5], best_and_worst=True) == [between, between]
+    assert labels([1, 0, True]) == [True, False, True]
+
+
+def test_listwise_in_columns():
+    row = {"prompt": "Hi", "a": "Hello.", "b": "What?", "a_safe": True, "b_safe": False}
+    bad = {"role": "assistant", "content": "What?"}
+    expected = [Example([USER], ANSWER, True), Example([USER], bad, False)]
+    columns = {"field_completion": ["a", "b"]}
+    assert read(row, "listwise", **columns, field_label=["a_safe", "b_safe"]) == expected
+    for preference, labels in ((-2, (True, False)), (3, (False, True))):
+        found = read(row | {"win": preference}, "listwise", **columns, field_preference="win")
+        assert tuple(outcome.label for outcome in found) == labels
+    found = read(row | {"win": 0}, "listwise", **columns, field_preference="win")
+    assert found == [Drop.BETWEEN, Drop.BETWEEN]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        (
+            {"prompt": "Hi", "completion": "Hello.", "label": "meh"},
+            {},
+            "rows.jsonl, row 17: `label`: 'meh' is not a label; accepted are true/false",
+        ),
+        (
+            {"prompt": "Hi", "completion": "Hello.", "stars": "many"},
+            {"field_label": "stars", "positive_min": 4, "negative_max": 2},
+            "row 17: `stars`: 'many' is not a number",
+        ),
+        (
+            {"prompt": "Hi", "completion": "Hello.", "label": True},
+            {"field_prompt": "question"},
+            "row 17: there is no column `question`; the row has prompt, completion, label",
+        ),
+        (
+            {"prompt": "Hi", "completion": "Hello.", "label": True},
+            {"field_completion": "response"},
+            "there is no column `response`",
+        ),
+        (
+            {"prompt": "Hi", "completion": "Hello.", "label": True},
+            {"field_system": "sys"},
+            "there is no column `sys`",
+        ),
+        (
+            {"prompt": 3, "completion": "Hello.", "label": True},
+            {},
+            "3 is neither text nor a list of turns",
+        ),
+        (
+            {"prompt": [{"from": "human"}], "completion": "Hello.", "label": True},
+            {},
+            "is not a turn with `role` and `content`; set `message_property_mappings`",
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": [{"image": 1}]}],
+                "completion": "!",
+                "label": 1,
+            },
+            {},
+            "is not the text of a turn",
+        ),
+    ],
+)
+def test_errors_name_dataset_row_field_and_value(row, options, message):
+    with pytest.raises(ValueError) as error:
+        read(row, **options)
+    assert message in str(error.value)
