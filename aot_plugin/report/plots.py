@@ -102,7 +102,7 @@ def draw_quantiles(axes: Axes, panel: Panel) -> None:
         f"violation {found['violation_amount']:.3g} nats, on {found['violation_fraction']:.1%} of "
         f"t; dominance {found['dominance_amount']:.3g}; W1 {found['w1']:.3g}",
         loc="left",
-        fontsize=9,
+        fontsize=8,
     )
     _level_axis(axes)
 

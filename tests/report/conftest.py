@@ -1,4 +1,6 @@
-"""Made-up evaluations with known shapes."""
+"""Made-up evaluations with known shapes, and a saved run to be scored."""
+
+import json
 
 import numpy as np
 import pytest
@@ -49,3 +51,57 @@ def make_unpaired():
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pair_rows():
+    words = ["red", "green", "blue", "white", "black"]
+    return [
+        {"prompt": f"Say {word}.", "chosen": f"{word} " * n, "rejected": "No, thank you."}
+        for n, word in enumerate(words, start=1)
+    ]
+
+
+@pytest.fixture(scope="session")
+def pairs(pair_rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "held out.jsonl"
+    path.write_text("\n".join(map(json.dumps, pair_rows)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def save_arguments():
+    """Saves training arguments as the Trainer does."""
+    import torch
+    from transformers import TrainingArguments
+
+    def save(directory, **attributes):
+        arguments = TrainingArguments(output_dir=str(directory), use_cpu=True)
+        arguments.__dict__.update(attributes)
+        torch.save(arguments, directory / "training_args.bin")
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def lora_run(tiny_model, save_arguments, tmp_path_factory):
+    """A LoRA adapter with random weights, and the state and arguments of its checkpoint."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    run = tmp_path_factory.mktemp("lora") / "run"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
+        model = get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(run)
+    checkpoint = run / "checkpoint-12"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 12}')
+    save_arguments(checkpoint, beta=0.25)
+    return run

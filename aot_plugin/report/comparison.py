@@ -1,0 +1,117 @@
+"""The figures of a comparison of several evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from textwrap import wrap
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from .dominance import bootstrap_intervals, dominance_statistics, quantile_curve
+from .plots import Panel, draw_gap, draw_quantiles, literal, new_figure
+from .scores import Scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLES = (
+    {"color": "#1f4e9c", "linestyle": "-"},
+    {"color": "#d2691e", "linestyle": (0, (4, 2))},
+    {"color": "#2e7d32", "linestyle": (0, (1, 1))},
+    {"color": "#7b1fa2", "linestyle": (0, (5, 1, 1, 1))},
+    {"color": "#555555", "linestyle": (0, (8, 2))},
+)
+_TITLE_WIDTH = 48  # characters that fit above a column
+_HISTORY_RESAMPLES = 200  # of each evaluation in a history: bands to look at, not to quote
+
+
+class Named(NamedTuple):
+    """An evaluation and the run that it belongs to."""
+
+    run: str
+    scores: Scores
+
+
+def side_by_side(names: Sequence[str], panels: Sequence[Panel], share_scale: bool) -> Figure:
+    """One column an evaluation: its quantile functions and their gap; share_scale gives all
+    columns one vertical scale."""
+    figure = new_figure(4.6 * len(panels), 5.2)
+    axes = figure.subplots(
+        2,
+        len(panels),
+        squeeze=False,
+        sharex=True,
+        sharey="row" if share_scale else False,
+        gridspec_kw={"height_ratios": [3, 1]},
+    )
+    for column, (name, panel) in enumerate(zip(names, panels, strict=True)):
+        title = literal("\n".join(wrap(name, _TITLE_WIDTH)))
+        draw_quantiles(axes[0, column], panel._replace(title=title))
+        draw_gap(axes[1, column], panel)
+    return figure
+
+
+def gaps(names: Sequence[str], panels: Sequence[Panel]) -> Figure:
+    """The gaps Q_first - Q_second of all evaluations in one plot; below 0 is violation."""
+    figure = new_figure(7.0, 3.6)
+    axes = figure.subplots()
+    axes.axhspan(-1e9, 0, color="#b22222", alpha=0.08, linewidth=0)
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    low, high = 0.0, 0.0
+    for number, (name, panel) in enumerate(zip(names, panels, strict=True)):
+        levels, x, y = quantile_curve(panel.first, panel.second)
+        style = _STYLES[number % len(_STYLES)]
+        axes.stairs(x - y, levels, baseline=None, label=literal(name), linewidth=1.6, **style)
+        low, high = min(low, (x - y).min()), max(high, (x - y).max())
+    margin = 0.05 * (high - low) or 1.0
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("quantile level t")
+    axes.set_ylabel("gap [nats]; below 0: violation")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(fontsize=8, framealpha=0.8, loc="best")
+    return figure
+
+
+def history(evaluations: Sequence[Named]) -> Figure | None:
+    """Violation amount and W1 of the margins over the steps, one line a run and eval set, with
+    95 % bootstrap bands. None if no run has two evaluations of one set."""
+    ordered = sorted(evaluations, key=lambda e: (e.run, e.scores.eval_set, e.scores.step))
+    lines = [
+        (key, [evaluation.scores for evaluation in group])
+        for key, group in groupby(ordered, key=lambda e: (e.run, e.scores.eval_set))
+    ]
+    lines = [(key, scores) for key, scores in lines if len(scores) > 1]
+    if not lines:
+        return None
+    figure = new_figure(9.6, 3.4)
+    axes = figure.subplots(1, 2)
+    for number, ((run, eval_set), line) in enumerate(lines):
+        style = _STYLES[number % len(_STYLES)]
+        steps = [scores.step for scores in line]
+        values = [dominance_statistics(scores.u, scores.v) for scores in line]
+        bands = [
+            bootstrap_intervals(scores.u, scores.v, scores.is_paired, _HISTORY_RESAMPLES)
+            for scores in line
+        ]
+        for axis, key in zip(axes, ("violation_amount", "w1"), strict=True):
+            low, high = np.array([band[key] for band in bands]).T
+            axis.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
+            axis.plot(
+                steps,
+                [value[key] for value in values],
+                marker="o",
+                markersize=3,
+                label=literal(f"{run}, {eval_set}"),
+                **style,
+            )
+    for axis, title in zip(axes, ("violation amount", "Wasserstein-1"), strict=True):
+        axis.set_title(f"{title} of the margins", loc="left", fontsize=9)
+        axis.set_xlabel("step")
+        axis.set_ylabel("nats")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25, linewidth=0.6)
+    axes[0].legend(fontsize=8, framealpha=0.8)
+    return figure

@@ -1,0 +1,272 @@
+"""Scores of a saved model on given rows, under the policy and under its reference.
+
+This makes any output directory comparable, also those of the host's `rl: dpo`, `ipo` and `kto`,
+which hold no evaluation data of ours. torch, transformers and peft are imported when a model is
+loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickletools
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .dominance import FloatArray
+from .rows import Sequence as TokenSequence
+from .rows import read_rows, render
+from .scores import Scores
+
+LOG = logging.getLogger(__name__)
+
+
+class Policy(NamedTuple):
+    """A loaded model with its reference."""
+
+    model: Any
+    reference: Any
+    """The same model, if its adapter is what was trained."""
+    tokenizer: Any
+    as_reference: Callable[[], contextlib.AbstractContextManager[Any]]
+    """While it is entered, `reference` computes the reference's log-probabilities."""
+
+
+def score_run(
+    run: str | os.PathLike[str],
+    eval_data: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    reference: str | None = None,
+    beta: float | None = None,
+    plain: bool = False,
+    dtype: str = "auto",
+    batch_tokens: int = 8192,
+    max_tokens: int | None = None,
+) -> Scores:
+    """Log-probabilities of every completion in `eval_data` under the model saved in `run`.
+
+    `run` holds a LoRA adapter (the reference is then the base model with the adapter disabled:
+    `base_model`, or what adapter_config.json names) or a full model (then `reference` is needed),
+    itself or in its latest checkpoint. `beta` defaults to that of the run's training arguments.
+    Rows are as in `read_rows`, rendered as in `render`. Log-probabilities are computed in float32
+    from logits in the model's `dtype` ("auto": as saved). A batch holds at most `batch_tokens`
+    tokens, padding included, or one sequence. Rows with a sequence beyond `max_tokens` tokens are
+    left out and counted in the log.
+
+    Raises ValueError or FileNotFoundError naming what was looked for and where.
+    """
+    run = Path(run)
+    saved = find_model(run)
+    beta = read_beta(run) if beta is None else beta
+    mode, rows = read_rows(eval_data)
+    policy = load_policy(saved, base_model, reference, dtype)
+    fields = ("chosen", "rejected") if mode == "paired" else ("completion",)
+    sequences = []
+    labels = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            rendered = [render(policy.tokenizer, row, field, plain) for field in fields]
+        except ValueError as error:
+            raise ValueError(f"{eval_data}, row {number}: {error}") from None
+        if max_tokens and max(len(s.prompt) + len(s.completion) for s in rendered) > max_tokens:
+            continue
+        sequences.extend(rendered)
+        labels.append(bool(row.get("label")))
+    if len(labels) < len(rows):
+        LOG.warning(
+            "%d of %d rows are longer than %s tokens and left out",
+            len(rows) - len(labels),
+            len(rows),
+            max_tokens,
+        )
+    if not sequences:
+        raise ValueError(f"{eval_data}: no row within {max_tokens} tokens")
+    logps = _logps(policy.model, sequences, batch_tokens, f"{run.name}: policy")
+    with policy.as_reference():
+        ref_logps = _logps(policy.reference, sequences, batch_tokens, f"{run.name}: reference")
+    tokens = np.array([len(sequence.completion) for sequence in sequences])
+    about: dict[str, Any] = {
+        "beta": beta,
+        "step": read_step(saved),
+        "eval_set": Path(eval_data).stem,
+    }
+    if mode == "unpaired":
+        return Scores.unpaired(
+            **about, logps=logps, ref_logps=ref_logps, label=labels, tokens=tokens
+        )
+    return Scores.paired(
+        **about,
+        chosen_logps=logps[0::2],
+        rejected_logps=logps[1::2],
+        ref_chosen_logps=ref_logps[0::2],
+        ref_rejected_logps=ref_logps[1::2],
+        chosen_tokens=tokens[0::2],
+        rejected_tokens=tokens[1::2],
+    )
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoint folders, by step, the last one last."""
+    found = [p for p in run.glob("checkpoint-*") if p.name.partition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def find_model(run: Path) -> Path:
+    """`run`, or its latest checkpoint, whichever holds a model first.
+
+    Raises FileNotFoundError naming what was looked for.
+    """
+    places = [run, *reversed(checkpoints(run))]
+    for place in places:
+        if (place / "adapter_config.json").is_file() or (place / "config.json").is_file():
+            return place
+    raise FileNotFoundError(
+        f"{run}: no model here; looked for adapter_config.json (LoRA) and config.json (full model) "
+        f"in {', '.join(map(str, places))}"
+    )
+
+
+def read_step(saved: Path) -> int:
+    """The optimizer step of a saved model, from its or its latest checkpoint's trainer state; 0 if
+    nothing says it."""
+    for place in [saved, *reversed(checkpoints(saved))]:
+        state = place / "trainer_state.json"
+        if state.is_file():
+            return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+    return 0
+
+
+def read_beta(run: Path) -> float:
+    """The run's beta, from the training arguments that the Trainer saved.
+
+    These are a pickle; its opcodes are read and nothing in it is executed.
+
+    Raises FileNotFoundError or ValueError if there are none or they hold no number `beta`.
+    """
+    places = [place / "training_args.bin" for place in [run, *reversed(checkpoints(run))]]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"{run}: no training arguments to read beta from; looked for "
+            f"{', '.join(map(str, places))}. Give --beta"
+        )
+    for name, value in _pickled_items(found):
+        if name == "beta":
+            return float(value)
+    raise ValueError(f"{found}: holds no beta. Give --beta")
+
+
+def _pickled_items(path: Path) -> Iterator[tuple[str, float]]:
+    """Every string that a number follows in the pickle of a file by torch.save."""
+    with zipfile.ZipFile(path) as archive:
+        [member] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        pickled = archive.read(member)
+    name = None
+    for opcode, value, _ in pickletools.genops(pickled):
+        if opcode.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            continue  # bookkeeping between a key and its value
+        if opcode.name in ("BINFLOAT", "BININT", "BININT1", "BININT2") and name is not None:
+            yield name, float(value)  # type: ignore[arg-type]
+        name = value if isinstance(value, str) and "UNICODE" in opcode.name else None
+
+
+def load_policy(saved: Path, base_model: str | None, reference: str | None, dtype: str) -> Policy:
+    """Loads the model in `saved` and its reference, on the GPU if there is one.
+
+    Raises ValueError if a full model comes without a reference, FileNotFoundError or OSError where
+    a model can't be found.
+    """
+    adapter_config = saved / "adapter_config.json"
+    if adapter_config.is_file():
+        from peft import PeftModel
+
+        base = base_model or json.loads(adapter_config.read_text())["base_model_name_or_path"]
+        model = PeftModel.from_pretrained(_load_model(base, dtype, adapter_config), str(saved))
+        tokenizer = _load_tokenizer(saved, base)
+        return Policy(model.eval(), model, tokenizer, model.disable_adapter)
+    if reference is None:
+        raise ValueError(f"{saved}: a full model; give the model it was trained from, --reference")
+    tokenizer = _load_tokenizer(saved, reference)
+    return Policy(
+        _load_model(str(saved), dtype, saved),
+        _load_model(reference, dtype, "--reference"),
+        tokenizer,
+        contextlib.nullcontext,
+    )
+
+
+def _load_model(name: str, dtype: str, named_by: object) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no model at {name!r} (named by {named_by}, working directory {os.getcwd()}): "
+            f"{error}\nFor a LoRA run, --base-model says where its base model is"
+        ) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _load_tokenizer(saved: Path, otherwise: str) -> Any:
+    from transformers import AutoTokenizer
+
+    has_its_own = (saved / "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(str(saved) if has_its_own else otherwise)
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first (so that memory runs out at once or
+    never); a batch's longest length times its size is at most `batch_tokens`, unless it is one."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _logps(
+    model: Any, sequences: Sequence[TokenSequence], batch_tokens: int, description: str
+) -> FloatArray:
+    """log pi(completion | prompt) of each sequence, shape (n,), nats, summed in float32."""
+    import torch
+    from tqdm import tqdm
+
+    from ..logps import sequence_logps
+
+    logps = np.empty(len(sequences))
+    lengths = [len(s.prompt) + len(s.completion) for s in sequences]
+    with torch.inference_mode(), tqdm(total=len(sequences), desc=description, unit="seq") as bar:
+        for batch in batches_by_length(lengths, batch_tokens):
+            inputs = _padded([sequences[i] for i in batch], model.device)
+            found = sequence_logps(model, model.get_output_embeddings(), inputs)
+            logps[batch] = found.double().cpu().numpy()
+            bar.update(len(batch))
+    return logps
+
+
+def _padded(sequences: Sequence[TokenSequence], device: Any) -> dict[str, Any]:
+    """`input_ids`, `attention_mask`, `completion_mask`, each [rows, width] int64, padded right."""
+    import torch
+
+    width = max(len(s.prompt) + len(s.completion) for s in sequences)
+    inputs = {
+        key: torch.zeros(len(sequences), width, dtype=torch.int64)
+        for key in ("input_ids", "attention_mask", "completion_mask")
+    }
+    for row, (prompt, completion) in enumerate(sequences):
+        end = len(prompt) + len(completion)
+        inputs["input_ids"][row, :end] = torch.tensor(prompt + completion)
+        inputs["attention_mask"][row, :end] = 1
+        inputs["completion_mask"][row, len(prompt) : end] = 1
+    return {key: value.to(device) for key, value in inputs.items()}

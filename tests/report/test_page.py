@@ -1,0 +1,191 @@
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from aot_plugin.__main__ import main
+from aot_plugin.report import page, record_evaluation
+from aot_plugin.report.cli import run_names
+from aot_plugin.report.comparison import Named, gaps, history, side_by_side
+from aot_plugin.report.dominance import dominance_statistics
+from aot_plugin.report.page import comparison_page
+from aot_plugin.report.plots import margins_panel
+from aot_plugin.report.summary import summarize
+
+pytest.importorskip("matplotlib")
+
+VOID = {"meta", "img", "br"}
+
+
+class Checker(HTMLParser):
+    """Collects tags, text and table cells; fails where tags don't nest."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.rows = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+def checked(text):
+    checker = Checker()
+    checker.feed(text)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+HOSTILE = "<script>alert(1)</script>\"'$\\frac&"
+
+
+def test_page_is_self_contained_and_escaped(make_paired, make_unpaired):
+    runs = [
+        Named(HOSTILE, make_paired(eval_set="<img src=x>")),
+        Named("b", make_paired(seed=1)),
+        Named("c", make_unpaired()),
+    ]
+    text = comparison_page(runs, n_resamples=20)
+    checker = checked(text)
+    tags = {tag for tag, _ in checker.tags}
+    assert not tags & {"script", "link", "iframe", "object"}
+    images = [attributes for tag, attributes in checker.tags if tag == "img"]
+    assert images
+    assert all(image["src"].startswith("data:image/png;base64,") for image in images)
+    outside = re.sub(r'src="data:[^"]*"', "", text)
+    assert not re.search(r"https?:|url\(|@import", outside)
+    assert any(HOSTILE in row[0] and "<img src=x>" in row[0] for row in checker.rows)
+
+
+def test_numbers_in_the_tables_are_the_summarys(make_paired):
+    scores = make_paired(shift=0.3, spread=4)
+    found = summarize(scores, 20)
+    rows = [r for r in checked(comparison_page([Named("a", scores)], 20)).rows if "a ·" in r[0]]
+    overview, margins, rewards, chosen, rejected = rows
+    low, high = found["accuracy_interval"]
+    assert overview[5] == f"{found['accuracy']:.1%}[{low:.1%}, {high:.1%}]"
+    assert overview[6] == f"{found['recoupled_fraction']:.1%}"
+    for row, part in ((margins, found["margins"]), (rewards, found["rewards"])):
+        low, high = part["intervals"]["violation_amount"]
+        amount = part["statistics"]["violation_amount"]
+        assert row[2] == f"{amount:.4g}[{low:.4g}, {high:.4g}]"
+        assert row[4].startswith(f"{part['statistics']['w1']:.4g}[")
+        assert row[8].startswith(f"{part['violation_ratio']:.3f}upper")
+        assert row[9] == f"{part['test']['p_value']:.3g}paired"
+    for row, kind in ((chosen, "chosen"), (rejected, "rejected")):
+        assert row[1] == f"{found['length'][kind]['spearman']:.3f}"
+        assert row[2].startswith(f"{found['length'][kind]['quartiles'][0]['mean_reward']:.4g}")
+
+
+def test_the_last_step_is_tabulated_and_all_steps_drawn(make_paired):
+    evaluations = [Named("a", make_paired(step=step, seed=step)) for step in (40, 20, 60)]
+    text = comparison_page(evaluations, n_resamples=20)
+    assert "step 60" in text and "step 20" not in text and "step 40" not in text
+    assert "Over the steps" in text
+    assert "Over the steps" not in comparison_page(evaluations[:1], n_resamples=20)
+
+
+def test_history_shows_the_statistics(make_paired):
+    evaluations = [Named("a", make_paired(step=step, seed=step)) for step in (40, 20)]
+    evaluations.append(Named("once", make_paired()))
+    violation, w1 = history(evaluations).axes
+    for axes, key in ((violation, "violation_amount"), (w1, "w1")):
+        [line] = axes.lines
+        assert line.get_xdata().tolist() == [20, 40]
+        expected = [dominance_statistics(e.scores.u, e.scores.v)[key] for e in evaluations[1::-1]]
+        assert line.get_ydata() == pytest.approx(expected)
+    assert history(evaluations[1:]) is None
+
+
+def test_columns_share_a_scale_only_where_asked(make_paired):
+    panels = [margins_panel(make_paired(seed=seed)) for seed in (0, 1)]
+    shared = side_by_side(["a", "b"], panels, share_scale=True).axes
+    assert shared[0].get_ylim() == shared[1].get_ylim()
+    apart = side_by_side(["a", "b"], panels, share_scale=False).axes
+    assert apart[0].get_ylim() != apart[1].get_ylim()
+
+
+def test_gaps_of_all_runs_differ_in_grey(make_paired):
+    panels = [margins_panel(make_paired(seed=seed)) for seed in range(5)]
+    [axes] = gaps(list("abcde"), panels).axes
+    labelled = [p for p in axes.patches if p.get_label() in set("abcde")]
+    assert len({str(patch.get_linestyle()) for patch in labelled}) == 5
+
+
+def test_without_matplotlib_the_tables_remain(make_paired, monkeypatch):
+    monkeypatch.setattr(page, "matplotlib_is_here", lambda: False)
+    checker = checked(comparison_page([Named("a", make_paired())], n_resamples=20))
+    assert not [tag for tag, _ in checker.tags if tag == "img"]
+    assert len([row for row in checker.rows if "a ·" in row[0]]) == 5
+
+
+def test_an_evaluation_without_statistics_is_named(make_unpaired):
+    with pytest.raises(ValueError, match="bad · eval · step 20: chosen rewards"):
+        comparison_page([Named("bad", make_unpaired(positives=0))])
+
+
+def test_command(make_paired, tmp_path, capsys):
+    for name in ("one", "two"):
+        record_evaluation(make_paired(n=20), tmp_path / name)
+    output = tmp_path / "deep" / "report.html"
+    runs = [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert main(["report", *runs, "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    assert "one · eval · step 20" in output.read_text(encoding="utf-8")
+
+
+def test_command_scores_a_run_without_data(lora_run, pairs, tmp_path):
+    output = tmp_path / "report.html"
+    arguments = ["report", str(lora_run), "--eval-data", str(pairs), "--output", str(output)]
+    assert main(arguments) == 0
+    assert "run · held out · step 12" in output.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "missing: no such directory"),
+        (["empty"], "scores-*.parquet"),
+        (["empty", "empty"], "a run is given twice"),
+        (["empty", "--eval-data", "none.jsonl"], "no model here"),
+    ],
+)
+def test_errors_are_one_line_for_the_user(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert main(["report", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("python -m aot_plugin: error: ") and message in error
+
+
+def test_run_names(tmp_path):
+    paths = [tmp_path / "x" / "out", tmp_path / "y" / "out", tmp_path / "z"]
+    assert run_names(paths[:1]) == ["out"]
+    assert run_names(paths[:2]) == ["x/out", "y/out"]
+    assert run_names(paths[1:]) == ["out", "z"]
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom aot_plugin.__main__ import main\n"
+        "try:\n    main(['report', '--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'matplotlib', 'scipy', 'pyarrow', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+    assert b"--eval-data" in run.stdout
