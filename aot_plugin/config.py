@@ -74,6 +74,13 @@ class AOTInputArgs(BaseModel):
             "TRL's `aot` does). Default `step`."
         },
     )
+    aot_report: bool | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Write each evaluation (data, numbers, quantile plot) to "
+            "`<output_dir>/aot` and send the plot to loggers that take images. Default `true`."
+        },
+    )
     aot_datasets: dict[str, dict[str, Any]] | None = Field(
         default=None,
         json_schema_extra={
@@ -93,6 +100,7 @@ class AOTTrainingArgs:
     aot_sort_epsilon: float = 0.1
     aot_label_smoothing: float = 0.0
     aot_batch: str = "step"
+    aot_report: bool = True
 
 
 class _StrictInputArgs(AOTInputArgs):
@@ -182,7 +190,7 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
         # A TRL loss type that needs no KL term spares the KTO trainer a forward pass that our
         # loss would not look at.
         kwargs["loss_type"] = "apo_zero_unpaired"
-        # The host sets these two for DPO only.
+        # The host sets these two for DPO only. TRL's own default would cut rows at 1024 tokens.
         kwargs["max_length"] = cfg.get("sequence_len")
         kwargs["precompute_ref_log_probs"] = bool(cfg.get("precompute_ref_log_probs"))
     return kwargs

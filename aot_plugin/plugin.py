@@ -56,6 +56,15 @@ class AOTPlugin(BasePlugin):
         """The dataclass that the host merges into its training arguments."""
         return "aot_plugin.config.AOTTrainingArgs"
 
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
+        """Unpaired rows: the host's own loading with a count of what became of every row, and an
+        error if one label only is left. Anything else is left to the host."""
+        if not is_desugared(cfg) or cfg["aot_mode"] != "unpaired":
+            return None
+        from .data.loading import load_unpaired_datasets
+
+        return load_unpaired_datasets(cfg)
+
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """The options of this run, for the class above; None when ``rl`` is not ``aot``."""
         return training_args(cfg) if is_desugared(cfg) else None

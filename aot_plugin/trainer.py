@@ -15,6 +15,7 @@ are one pass there.
 """
 
 import contextlib
+import json
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -24,13 +25,16 @@ import torch
 from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalPrediction
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from .data import prepare_tokens
 from .logps import sequence_logps
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
 from .registry import lookup
+from .report import Scores, log_figure_to_loggers, record_evaluation
 from .report.dominance import dominance_statistics
 from .sampler import StratifiedSampler
 from .sequences import WEIGHT_KEY, Sequences, split_evenly
@@ -53,7 +57,7 @@ PAPER = {
 }
 
 
-class AOTTrainerMixin:
+class AOTTrainerMixin(Trainer):
     """The four moves, for any host trainer with TRL's batches (``input_ids``, ``attention_mask``,
     ``completion_mask``). A subclass says how a batch's sequences are labelled."""
 
@@ -64,6 +68,18 @@ class AOTTrainerMixin:
 
     _step_class: type[PairedLogps] | type[UnpairedLogps]
     _sequences_per_row: int
+
+    # What TRL's trainers set in their construction.
+    args: Any
+    model: Any
+    beta: float
+    ref_model: nn.Module | None
+    precompute_ref_logps: bool
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
+    _is_vision_dataset: bool
+    _metrics: dict[str, dict[str, list[float]]]
+    _tokenizer: PreTrainedTokenizerBase
 
     def _labels(self, batch: dict[str, Any]) -> Tensor:
         """[sequences] bool: chosen or positive."""
@@ -159,8 +175,7 @@ class AOTTrainerMixin:
             yield
 
     def _policy_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        return sequence_logps(model, head, batch)
+        return sequence_logps(model, self.model.get_output_embeddings(), batch)
 
     def _reference_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities under the frozen reference: the loaded reference model, or the policy
@@ -322,14 +337,41 @@ class AOTTrainerMixin:
         return None, per_row.contiguous(), torch.ones(len(per_row), device=per_row.device)
 
     def _evaluate_columns(self, prediction: EvalPrediction) -> dict[str, float]:
-        rows = torch.from_numpy(np.asarray(prediction.predictions, dtype=np.float64)).flatten(0, 1)
+        columns = np.asarray(prediction.predictions, dtype=np.float64)
+        rows = torch.from_numpy(columns).flatten(0, 1)
         self._check_finite(rows)
         step = self._step_class.from_sequences(rows[:, 0], rows[:, 1], rows[:, 2].bool())
         metrics = {"loss": self._loss(step, self._loss_options).item()}
         if len(step.u) == 0 or len(step.v) == 0:
             LOG.warning("the evaluation set holds one label only: there is nothing to compare")
             return metrics
-        return metrics | self._statistics(step)
+        metrics |= self._statistics(step)
+        if self.args.aot_report and self.is_world_process_zero():
+            metrics |= self._record(columns)
+        return metrics
+
+    def _scores(self, columns: np.ndarray, **common: Any) -> Scores:
+        """``Scores`` of the rows of ``prediction_step``, [rows, sequences per row, 4]."""
+        raise NotImplementedError
+
+    def _record(self, columns: np.ndarray) -> dict[str, float]:
+        """Write the evaluation and its quantile plot into the output directory, hand the plot to
+        the loggers that take images; returns the bootstrap intervals for the log."""
+        step = self.state.global_step
+        scores = self._scores(columns, beta=self.beta, step=step, eval_set=self._eval_name)
+        written = record_evaluation(scores, self.args.output_dir)
+        if "plot" in written:
+            log_figure_to_loggers(
+                written["plot"], step, self.args.report_to, self.callback_handler.callbacks
+            )
+        if "summary" not in written:
+            return {}
+        intervals = json.loads(written["summary"].read_text())["margins"]["intervals"]
+        return {
+            f"aot/{name}_{end}": value
+            for name in ("violation_fraction", "violation_amount")
+            for end, value in zip(("low", "high"), intervals[name], strict=True)
+        }
 
 
 class AOTPairedTrainer(AOTTrainerMixin, AxolotlDPOTrainer):
@@ -350,6 +392,18 @@ class AOTPairedTrainer(AOTTrainerMixin, AxolotlDPOTrainer):
         """What TRL calls to precompute (and cache on disk) the reference log-probabilities."""
         return self._reference_logps(model, inputs).chunk(2)
 
+    def _scores(self, columns: np.ndarray, **common: Any) -> Scores:
+        chosen, rejected = columns[:, 0], columns[:, 1]
+        return Scores.paired(
+            chosen_logps=chosen[:, 0],
+            rejected_logps=rejected[:, 0],
+            ref_chosen_logps=chosen[:, 1],
+            ref_rejected_logps=rejected[:, 1],
+            chosen_tokens=chosen[:, 3],
+            rejected_tokens=rejected[:, 3],
+            **common,
+        )
+
 
 class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
     """AOT on labelled rows, over the host's KTO trainer (data, adapters, reference)."""
@@ -367,11 +421,29 @@ class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
         """What TRL calls to precompute (and cache on disk) the reference log-probabilities."""
         return self._reference_logps(model, inputs), None
 
+    def _scores(self, columns: np.ndarray, **common: Any) -> Scores:
+        logps, ref_logps, label, tokens = columns[:, 0].T
+        return Scores.unpaired(
+            logps=logps, ref_logps=ref_logps, label=label.astype(bool), tokens=tokens, **common
+        )
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        """TRL's tokens for rows of the host's strategies, the chat template's own for ours."""
+        prepare = super()._prepare_dataset
+        return prepare_tokens(
+            dataset,
+            lambda rows: prepare(rows, processing_class, args, dataset_name),
+            args.max_length,
+            args.dataset_num_proc,
+        )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Steps with both labels, unless the YAML asks for an order of its own."""
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         step_rows = (
             self.args.train_batch_size

@@ -4,6 +4,7 @@
 since an import of the host takes longer than a tiny run; ``axolotl`` starts the real command.
 """
 
+import gc
 import json
 import os
 import random
@@ -128,6 +129,9 @@ def config(model: Path, data: Path, output_dir: Path, **keys: Any) -> dict[str, 
         "bf16": False,
         "fp16": False,
         "seed": 1,
+        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
         **({"remove_unused_columns": False} if keys.get("rl") == "kto" else {}),
         **keys,
     }
@@ -141,8 +145,10 @@ def write_config(path: Path, cfg: dict[str, Any]) -> Path:
 
 def train(cfg: dict[str, Any]) -> Run:
     """Train in this process, by the function that the host's command calls."""
+    import axolotl.train  # noqa: F401  (all of the host, before the freeze)
     from axolotl.cli.train import do_cli
 
+    gc.freeze()  # the host collects garbage often; what it imported need not be looked at again
     output_dir = Path(cfg["output_dir"])
     path = write_config(output_dir.parent / f"{output_dir.name}.yml", cfg)
     # The host parses sys.argv for its own options.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
 
 pytestmark = pytest.mark.slow
@@ -35,8 +34,7 @@ def assert_same(run: Run, reference: Run, tolerance: float = TOLERANCE) -> None:
 
 def assert_differs(run: Run, reference: Run, tolerance: float = TOLERANCE) -> None:
     misses = [
-        relative(a, b)
-        for a, b in zip(run.logged("loss"), reference.logged("loss"), strict=True)
+        relative(a, b) for a, b in zip(run.logged("loss"), reference.logged("loss"), strict=True)
     ]
     assert max(misses) > 10 * tolerance, f"the negative control agrees: {misses}"
 
