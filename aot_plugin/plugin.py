@@ -5,7 +5,7 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-from axolotl.integrations.base import BasePlugin
+from axolotl.integrations.base import BasePlugin, PluginManager
 
 from .config import desugar, is_desugared, training_args
 
@@ -48,18 +48,18 @@ class AOTPlugin(BasePlugin):
             else:
                 cfg[key] = value
 
-    def get_input_args(self) -> str:
+    def get_input_args(self) -> str | None:
         """The pydantic class that the host merges into its schema."""
-        return "aot_plugin.config.AOTInputArgs"
+        return "aot_plugin.config.AOTInputArgs" if self._speaks() else None
 
-    def get_training_args_mixin(self) -> str:
+    def get_training_args_mixin(self) -> str | None:
         """The dataclass that the host merges into its training arguments."""
-        return "aot_plugin.config.AOTTrainingArgs"
+        return "aot_plugin.config.AOTTrainingArgs" if self._speaks() else None
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Unpaired rows: the host's own loading with a count of what became of every row, and an
         error if one label only is left. Anything else is left to the host."""
-        if not is_desugared(cfg) or cfg["aot_mode"] != "unpaired":
+        if not is_desugared(cfg) or cfg["aot_mode"] != "unpaired" or not self._speaks():
             return None
         from .data.loading import load_unpaired_datasets
 
@@ -68,6 +68,12 @@ class AOTPlugin(BasePlugin):
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """The options of this run, for the class above; None when ``rl`` is not ``aot``."""
         return training_args(cfg) if is_desugared(cfg) else None
+
+    def _speaks(self) -> bool:
+        # The host knows plugins by their names, so another spelling under `plugins:` (the class
+        # can be imported from two modules) makes a second instance, which has nothing to add.
+        plugins = PluginManager.get_instance().plugins.values()
+        return next((p for p in plugins if isinstance(p, AOTPlugin)), self) is self
 
 
 def _check_versions() -> None:

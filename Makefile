@@ -1,0 +1,42 @@
+# Set-up is done once per machine and reused: the environment stands outside the checkout.
+#
+#   make quickstart            train SmolLM2-135M with AOT, paired, and measure it
+#   make quickstart-unpaired   the same on labelled rows
+#   make test                  every test, the slow ones included
+#   make check                 ruff and mypy
+
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/aot-plugin
+VENV  ?= $(CACHE)/venv
+BIN   := $(VENV)/bin
+MODEL := outputs/smollm2-135m-instruct
+
+# A user's settings win; a run that can't reach the hub must not wait for it.
+export AXOLOTL_DO_NOT_TRACK ?= 1
+export HF_HUB_OFFLINE ?= 1
+export PATH := $(BIN):$(PATH)
+
+.PHONY: quickstart quickstart-unpaired test fast check env
+
+quickstart: env
+	$(BIN)/python example_configs/quickstart/prepare_model.py $(MODEL)
+	axolotl train example_configs/quickstart.yml --launcher python
+	$(BIN)/python example_configs/quickstart/measure.py outputs/quickstart
+
+quickstart-unpaired: env
+	$(BIN)/python example_configs/quickstart/prepare_model.py $(MODEL)
+	axolotl train example_configs/quickstart_unpaired.yml --launcher python
+	$(BIN)/python example_configs/quickstart/measure.py outputs/quickstart-unpaired
+
+test: env
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fast: env
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+env:
+	@VENV="$(VENV)" sh .ci/env.sh

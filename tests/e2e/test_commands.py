@@ -1,0 +1,221 @@
+"""The host's own commands, from preprocessing to inference, on a tiny model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import (
+    ENV,
+    Run,
+    axolotl,
+    config,
+    paired_rows,
+    train,
+    unpaired_rows,
+    write_config,
+    write_rows,
+)
+from test_exact_step import assert_same
+
+pytestmark = pytest.mark.slow
+
+LORA = {
+    "adapter": "lora",
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_target_linear": True,
+    "learning_rate": 0.01,
+}
+
+
+def chat_rows(n: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [{"role": "user", "content": row["prompt"]}],
+            "completion": row["completion"],
+            "label": "good" if row["label"] else "bad",
+        }
+        for row in unpaired_rows(n)
+    ]
+
+
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_the_life_of_an_adapter(mode: str, tiny_model: Path, tmp_path: Path) -> None:
+    rows = paired_rows(48) if mode == "paired" else chat_rows(48)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    held_out = write_rows(tmp_path / "held_out.jsonl", rows[:9])
+    out = tmp_path / "out"
+    cfg = config(
+        tiny_model,
+        data,
+        out,
+        aot_mode=mode,
+        max_steps=3,
+        evals_per_epoch=2,
+        eval_batch_size=2,
+        gradient_checkpointing=True,
+        optimizer="paged_adamw_32bit",
+        **LORA,
+    )
+    entry = {**cfg["datasets"][0], "type": "chat_template.default"}
+    cfg["datasets"] = [entry]
+    cfg["test_datasets"] = [{**entry, "path": str(held_out)}]
+    path = write_config(tmp_path / "cfg.yml", cfg)
+
+    axolotl("preprocess", path)
+    log = axolotl("train", path)  # by accelerate, the default launcher
+    assert ("rows of the unpaired datasets" in log) == (mode == "unpaired")
+
+    run = Run.last(out)
+    assert len(run.logged("loss")) == 3
+    assert run.logged("aot/recoupled_fraction" if mode == "paired" else "aot/sorted_v")
+    assert run.logged("eval_loss")
+    assert (out / "adapter_model.safetensors").exists()
+    assert {path.suffix for path in (out / "aot").iterdir()} == {".json", ".parquet", ".png"}
+    card = (out / "README.md").read_text()
+    assert "AOT" in card and "2406.05882" in card
+    assert "Direct Preference" not in card and "KTO" not in card
+
+    evaluated = axolotl("evaluate", path, "--lora-model-dir", out)
+    assert "eval_loss" in evaluated or "eval_aot/w1" in evaluated
+
+    axolotl("merge-lora", path)
+    assert (out / "merged" / "model.safetensors").exists()
+
+    import subprocess
+
+    answer = subprocess.run(
+        ["axolotl", "inference", str(path), "--launcher", "python", "--lora-model-dir", str(out)],
+        input="apple river\n",
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert "Give me an instruction" in answer.stdout, answer.stdout + answer.stderr
+
+
+def test_resuming_continues_the_unbroken_run(tiny_model: Path, tmp_path: Path) -> None:
+    for mode in ("paired", "unpaired"):
+        rows = paired_rows(20) if mode == "paired" else unpaired_rows(20)
+        data = write_rows(tmp_path / f"{mode}.jsonl", rows)
+        # 20 rows, 8 per step: the run is broken inside the second epoch.
+        keys = {"aot_mode": mode, "max_steps": 8, "save_steps": 4, "num_epochs": 10}
+        whole = train(config(tiny_model, data, tmp_path / f"{mode}-whole", **keys))
+        resumed = train(
+            config(
+                tiny_model,
+                data,
+                tmp_path / f"{mode}-resumed",
+                **keys,
+                resume_from_checkpoint=str(tmp_path / f"{mode}-whole" / "checkpoint-4"),
+            )
+        )
+        assert_same(resumed, whole, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_ways_to_the_same_run(mode: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Cached reference log-probabilities and gradient checkpointing change nothing."""
+    rows = paired_rows(32) if mode == "paired" else unpaired_rows(32)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    plain = train(config(tiny_model, data, tmp_path / "plain", aot_mode=mode, **LORA))
+    variants: dict[str, dict[str, Any]] = {
+        "precomputed": {"precompute_ref_log_probs": True},
+        "checkpointed": {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        },
+        "reentrant": {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+    }
+    for name, keys in variants.items():
+        run = train(config(tiny_model, data, tmp_path / name, aot_mode=mode, **LORA, **keys))
+        assert_same(run, plain)
+
+
+def test_qlora(tiny_model: Path, tmp_path: Path) -> None:
+    """4-bit base weights and bf16 adapters: the cuts agree within bf16's rounding."""
+    data = write_rows(tmp_path / "rows.jsonl", paired_rows(32))
+    keys = {
+        **LORA,
+        "adapter": "qlora",
+        "load_in_4bit": True,
+        "optimizer": "paged_adamw_32bit",
+        "learning_rate": 0.001,
+    }
+    one = train(config(tiny_model, data, tmp_path / "one", **keys))
+    cut = train(
+        config(
+            tiny_model,
+            data,
+            tmp_path / "cut",
+            **keys,
+            micro_batch_size=8,
+            gradient_accumulation_steps=1,
+        )
+    )
+    for a, b in zip(one.logged("loss"), cut.logged("loss"), strict=True):
+        assert abs(a - b) < 0.02 * b
+
+
+def test_evaluation_does_not_depend_on_its_batches(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", paired_rows(40))
+    found = []
+    for size in (1, 3, 16):
+        run = train(
+            config(
+                tiny_model,
+                data,
+                tmp_path / f"eval{size}",
+                max_steps=3,
+                val_set_size=13,
+                eval_steps=3,
+                eval_batch_size=size,
+            )
+        )
+        found.append({k: v for entry in run.history for k, v in entry.items() if "eval_" in k})
+    for other in found[1:]:
+        for key, value in found[0].items():
+            if not key.endswith(("runtime", "per_second")):
+                assert other[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+
+
+def test_one_label_only_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{**row, "label": True} for row in unpaired_rows(16)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match="all 16 rows are positive"):
+        train(config(tiny_model, data, tmp_path / "out", aot_mode="unpaired"))
+
+
+def test_steps_with_one_label_are_counted(tiny_model: Path, tmp_path: Path) -> None:
+    rows = unpaired_rows(64, positive_every=16)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    run = train(config(tiny_model, data, tmp_path / "out", aot_mode="unpaired", max_steps=8))
+    one_sided = [positives == 0 for positives in run.logged("aot/sorted_u")]
+    assert 0 < sum(one_sided) < len(one_sided)
+    assert run.logged("aot/one_sided_steps")[-1] == sum(one_sided)
+    for loss, skipped in zip(run.logged("loss"), one_sided, strict=True):
+        assert (loss == 0) == skipped
+
+
+def test_the_report_command_reads_a_run(tiny_model: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    data = write_rows(tmp_path / "rows.jsonl", paired_rows(40))
+    out = tmp_path / "out"
+    train(config(tiny_model, data, out, max_steps=3, val_set_size=13, eval_steps=3))
+    report = tmp_path / "report.html"
+    subprocess.run(
+        [sys.executable, "-m", "aot_plugin", "report", str(out), "--output", str(report)],
+        check=True,
+        timeout=300,
+        env=ENV,
+    )
+    assert "<svg" in report.read_text() or "data:image/png" in report.read_text()
+    summary = json.loads((out / "aot" / "dominance-eval-step3.json").read_text())
+    assert summary["n_chosen"] == 13

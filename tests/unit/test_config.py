@@ -1,0 +1,179 @@
+"""The YAML surface: what it becomes, what is refused, and that the host takes it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axolotl.cli.config import load_cfg
+from harness import config, write_config
+
+from aot_plugin.config import (
+    PAIRED_TRAINER,
+    REFUSED,
+    UNPAIRED_TRAINER,
+    AOTInputArgs,
+    AOTTrainingArgs,
+    desugar,
+    training_args,
+)
+
+UNTOUCHED = [{"path": "rows.jsonl", "type": "chatml.ultra"}]
+
+
+def aot(**keys: Any) -> dict[str, Any]:
+    return {"rl": "aot", "datasets": UNTOUCHED, **keys}
+
+
+def test_paired_is_the_default_and_becomes_dpo() -> None:
+    updates = desugar(aot())
+    assert updates["rl"] == "dpo"
+    assert updates["trainer_cls"] == PAIRED_TRAINER
+    assert updates["rl_beta"] == 0.01
+    assert updates["aot_penalty"] == "logistic"
+    assert updates["aot_batch"] == "step"
+
+
+def test_unpaired_becomes_kto() -> None:
+    updates = desugar(aot(aot_mode="unpaired"))
+    assert updates["rl"] == "kto"
+    assert updates["trainer_cls"] == UNPAIRED_TRAINER
+    assert updates["remove_unused_columns"] is False
+    assert updates["datasets"] == UNTOUCHED
+
+
+def test_desugaring_twice_changes_nothing() -> None:
+    cfg = aot(aot_penalty="least_squares")
+    once = cfg | desugar(cfg)
+    assert desugar(once) == {}
+
+
+@pytest.mark.parametrize("rl", ["dpo", "kto", "orpo", None])
+def test_another_rl_is_left_alone(rl: str | None) -> None:
+    assert desugar({"rl": rl, "rl_beta": 0.3, "datasets": UNTOUCHED}) == {}
+
+
+def test_a_given_beta_is_kept() -> None:
+    assert "rl_beta" not in desugar(aot(rl_beta=0.3))
+    assert "rl_beta" not in desugar(aot(trl={"beta": 0.3}))
+
+
+WRONG: list[tuple[dict[str, Any], list[str]]] = [
+    ({"aot_mode": "both"}, ["aot_mode", "'paired'", "'unpaired'"]),
+    ({"aot_penalty": "hinge"}, ["aot_penalty", "hinge", "squared_hinge", "least_squares"]),
+    ({"aot_penalty": 3}, ["aot_penalty", "3"]),
+    ({"aot_loss": "dpo"}, ["aot_loss", "transport"]),
+    ({"aot_sort": "medium"}, ["aot_sort", "'hard'", "'soft'"]),
+    ({"aot_sort": "soft", "aot_sort_epsilon": -1}, ["aot_sort_epsilon", "greater than 0"]),
+    ({"aot_sort": "soft", "aot_sort_epsilon": float("inf")}, ["aot_sort_epsilon"]),
+    ({"aot_sort_epsilon": 0.1}, ["aot_sort_epsilon", "aot_sort: soft"]),
+    ({"aot_label_smoothing": 0.5}, ["aot_label_smoothing", "less than 0.5"]),
+    ({"aot_label_smoothing": "much"}, ["aot_label_smoothing", "number"]),
+    ({"aot_batch": "epoch"}, ["aot_batch", "'step'", "'micro_batch'"]),
+    ({"aot_report": "perhaps"}, ["aot_report", "boolean"]),
+    ({"aot_penalti": "logistic"}, ["aot_penalti", "not an option", "aot_penalty"]),
+    ({"aot_datasets": {}}, ["aot_datasets"]),
+    ({"rl_beta": -0.1}, ["rl_beta", "positive"]),
+    ({"rl_beta": 0}, ["rl_beta", "positive"]),
+    ({"rl_beta": "0.1"}, ["rl_beta", "positive number"]),
+    ({"rl_beta": True}, ["rl_beta", "positive number"]),
+    ({"rl_beta": float("nan")}, ["rl_beta", "positive number"]),
+    ({"trl": {"beta": -1}}, ["trl.beta", "positive"]),
+    ({"context_parallel_size": 2}, ["context_parallel_size", "data parallelism"]),
+    ({"tensor_parallel_size": 2}, ["tensor_parallel_size", "data parallelism"]),
+    ({"aot_mode": "unpaired", "remove_unused_columns": True}, ["remove_unused_columns", "labels"]),
+]
+
+
+@pytest.mark.parametrize(("keys", "said"), WRONG, ids=lambda value: str(value)[:60])
+def test_a_wrong_value_is_refused_by_name(keys: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        desugar(aot(**keys))
+    for words in said:
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_host_key_that_contradicts_is_refused_with_advice(key: str) -> None:
+    with pytest.raises(ValueError, match=f"`{key}`.*{REFUSED[key][:10]}"):
+        desugar(aot(**{key: 1}))
+
+
+@pytest.mark.parametrize("key", [k for k in AOTInputArgs.model_fields if k != "aot_datasets"])
+def test_an_aot_key_needs_rl_aot(key: str) -> None:
+    with pytest.raises(ValueError, match=f"`{key}` is an option of `rl: aot`"):
+        desugar({"rl": "dpo", key: "x"})
+
+
+def test_every_training_argument_is_an_input_with_the_documented_default() -> None:
+    for key, default in vars(AOTTrainingArgs()).items():
+        description = AOTInputArgs.model_fields[key].json_schema_extra["description"]
+        shown = (
+            "true" if default is True else f"{default:g}" if isinstance(default, float) else default
+        )
+        assert f"Default `{shown}`" in description or f"Default {shown}." in description
+
+
+@pytest.fixture
+def yaml_path(tmp_path: Path) -> Path:
+    return tmp_path / "config.yml"
+
+
+def load(path: Path, **keys: Any) -> Any:
+    cfg = config(Path("tiny"), Path("rows.jsonl"), path.parent / "out", **keys)
+    return load_cfg(str(write_config(path, cfg)))
+
+
+@pytest.mark.parametrize(
+    "plugins",
+    [None, ["aot_plugin.AOTPlugin"], ["aot_plugin.plugin.AOTPlugin"], ["aot_plugin:AOTPlugin"]],
+)
+def test_the_host_validates_it_however_the_plugin_is_named(
+    plugins: list[str] | None, yaml_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_model.parent)
+    keys = {} if plugins is None else {"plugins": plugins}
+    cfg = load(yaml_path, base_model=str(tiny_model), aot_mode="unpaired", **keys)
+    assert (cfg.rl, cfg.trainer_cls, cfg.aot_mode) == ("kto", UNPAIRED_TRAINER, "unpaired")
+    args = training_args(cfg)
+    assert args["loss_type"] == "apo_zero_unpaired"
+    assert args["max_length"] == 256
+
+
+def test_an_error_leaves_the_users_keys(yaml_path: Path, tiny_model: Path) -> None:
+    from aot_plugin.plugin import AOTPlugin
+
+    cfg = aot(aot_penalty="squared_hinge")
+    before = dict(cfg)
+    plugin = AOTPlugin()
+    plugin.register(cfg)
+    assert cfg["rl"] == "dpo"
+    plugin.on_config_validation_error(cfg)
+    assert cfg == before
+
+
+def test_a_flag_that_the_hosts_command_swallows_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from aot_plugin.plugin import AOTPlugin
+
+    monkeypatch.setattr(sys, "argv", ["/bin/axolotl", "train", "x.yml", "--aot-mode", "unpaired"])
+    with pytest.raises(ValueError, match=r"--aot-mode.*python -m axolotl.cli.train"):
+        AOTPlugin().register(aot())
+
+
+def test_importing_the_plugin_brings_in_nothing_new() -> None:
+    """Beyond what the host has imported when it looks for plugins, only our own light modules."""
+    code = (
+        "import sys, axolotl.utils.config, axolotl.integrations.base\n"
+        "before = set(sys.modules)\n"
+        "import aot_plugin; aot_plugin.AOTPlugin().register({'rl': 'dpo'})\n"
+        "import aot_plugin.config\n"
+        "print(sorted(set(sys.modules) - before))\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    new = out.stdout.strip().splitlines()[-1]
+    assert new == "['aot_plugin', 'aot_plugin.config', 'aot_plugin.plugin']"
