@@ -10,12 +10,13 @@ The built-in penalties, losses and prompt strategies are registered through the 
 that two packages register is an error, never a silent override.
 """
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
+    from .data.rows import PromptStrategy
     from .losses import StepLoss
     from .penalties import Penalty
 
@@ -46,8 +47,10 @@ def aot_losses() -> "Mapping[str, StepLoss]":  # type: ignore[empty-body]
 
 
 @hookspec
-def aot_prompt_strategies() -> "Mapping[str, Callable[..., Any]]":  # type: ignore[empty-body]
+def aot_prompt_strategies() -> "Mapping[str, PromptStrategy]":  # type: ignore[empty-body]
     """Prompt strategies for unpaired rows by the name that a data set's ``type:`` takes.
 
-    See ``aot_plugin.data`` for what such a function receives and returns.
+    ``strategy.examples(row, options)`` yields an ``Example`` (prompt turns, completion turn, label)
+    for every response that a row holds; ``strategy.options`` is the pydantic class of the keys that
+    the ``datasets:`` entry takes (both in ``aot_plugin.data.rows``).
     """

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pluggy
 import pytest
@@ -11,6 +12,7 @@ from aot_plugin import hookspecs, registry
 from aot_plugin.hookspecs import hookimpl
 from aot_plugin.penalties import BUILTIN
 
+DOC = Path(__file__).parents[2] / "docs" / "extending.md"
 HOOKS = [name for name, value in vars(hookspecs).items() if hasattr(value, "aot_plugin_spec")]
 
 
@@ -132,3 +134,4 @@ def test_there_are_hooks():
 def test_every_hook_is_documented(hook: str):
     documentation = getattr(hookspecs, hook).__doc__
     assert documentation and len(documentation.split()) > 10
+    assert f"def {hook}():" in DOC.read_text()
