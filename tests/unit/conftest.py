@@ -3,8 +3,13 @@
 import pytest
 import torch
 from harness import WORDS
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# A busy machine is slow, not wrong.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 MARKS = ["<pad>", "<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
