@@ -58,27 +58,24 @@ def helpsteer(rng: random.Random) -> Iterator[Row]:
         }
 
 
-DATASETS: dict[str, tuple[Callable[[random.Random], Iterator[Row]], tuple[str, ...]]] = {
-    "HuggingFaceH4/ultrafeedback_binarized": (
-        ultrafeedback,
-        ("train_prefs", "train_sft", "train_gen", "test_prefs", "test_sft", "test_gen"),
-    ),
-    "PKU-Alignment/BeaverTails": (
-        beavertails,
-        ("330k_train", "330k_test", "30k_train", "30k_test"),
-    ),
-    "nvidia/HelpSteer": (helpsteer, ("train", "validation")),
+Splits = dict[str, int]
+DATASETS: dict[str, tuple[Callable[[random.Random], Iterator[Row]], Splits]] = {
+    "HuggingFaceH4/ultrafeedback_binarized": (ultrafeedback, {"train_prefs": 80, "test_prefs": 16}),
+    "PKU-Alignment/BeaverTails": (beavertails, {"30k_train": 140, "30k_test": 16}),
+    # A good quarter lies between the thresholds.
+    "nvidia/HelpSteer": (helpsteer, {"train": 220, "validation": 32}),
 }
-"""Hub name: its rows, and the names of its splits."""
+"""Hub name: its rows, and how many of them to write per split: enough for one step of 64 pairs or
+128 responses."""
 
 
-def write_dataset(folder: Path, name: str, rows_per_split: int) -> Path:
+def write_dataset(folder: Path, name: str) -> Path:
     rows_of, splits = DATASETS[name]
     folder.mkdir(parents=True)
     card = ["---", "configs:", "- config_name: default", "  data_files:"]
-    for number, split in enumerate(splits):
-        rows = rows_of(random.Random(number))
-        lines = [json.dumps(next(rows)) for _ in range(rows_per_split)]
+    for split, count in splits.items():
+        rows = rows_of(random.Random(split))
+        lines = [json.dumps(next(rows)) for _ in range(count)]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
         card += [f"  - split: {split}", f"    path: {split}.jsonl"]
     (folder / "README.md").write_text("\n".join([*card, "---", ""]))
