@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -95,7 +95,11 @@ def draw_quantiles(axes: Axes, panel: Panel) -> None:
     axes.stairs(y, levels, baseline=None, label=second_name, **SECOND_STYLE)
     axes.stairs(x, levels, baseline=None, label=first_name, **FIRST_STYLE)
     axes.set_ylabel(panel.quantity, fontsize=9)
-    axes.legend(loc=_free_corner(x, y), fontsize=8, framealpha=0.8)
+    # Room for the legend above the curves; as data, so that axes with a common scale share it.
+    low, high = min(x[0], y[0]), max(x[-1], y[-1])
+    axes.update_datalim([(0.0, high + 0.3 * (high - low))])
+    axes.autoscale_view()
+    axes.legend(loc="upper left", fontsize=8, framealpha=0.8)
     found = dominance_statistics(panel.first, panel.second)
     axes.set_title(
         f"{panel.title}\n"
@@ -130,15 +134,6 @@ def _shade(
     axes.fill_between(
         t, lower, upper, where=(upper < lower).tolist(), label=label, **VIOLATION_STYLE
     )
-
-
-def _free_corner(x: FloatArray, y: FloatArray) -> Literal["lower right", "upper left"]:
-    """Where a legend fits: non-decreasing curves leave the upper left free unless they rise early,
-    and then the lower right. matplotlib's own "best" is slow on many steps."""
-    low, high = min(x[0], y[0]), max(x[-1], y[-1])
-    middle = len(x) // 2
-    rises_early = max(x[middle], y[middle]) > low + 0.7 * (high - low)
-    return "lower right" if rises_early else "upper left"
 
 
 def _level_axis(axes: Axes) -> None:
