@@ -1,0 +1,159 @@
+"""Trains the host on several CPU ranks; torchrun starts it, and it is a test's, never the plugin's.
+
+The host expects a GPU wherever there are several ranks. This shim takes the place of what needs
+one, and of nothing else:
+
+- the host asks CUDA whether the devices reach each other (``check_cuda_p2p_support``), and maps
+  the model to the device of its local rank (``cfg.device_map``);
+- accelerate's device mesh selects that device (``torch.cuda.set_device``);
+- accelerate on CPU ranks (``ACCELERATE_USE_CPU``) *ignores* a DeepSpeed or FSDP config and trains
+  with DDP, without a word. So for these it is told of several devices that speak gloo, and that
+  the device is a CPU (``ACCELERATE_TORCH_DEVICE``); and what wraps the model is asserted.
+
+``accelerate launch --cpu`` runs one process in silence, so the world size is asserted as well.
+
+Several jobs are trained one after the other in the same processes, since an import of the host
+takes longer than a tiny run; what the host leaves behind is reset between them. A job is a JSON
+object: ``config`` (a path), ``wrapper`` (``WRAPPERS``) and optionally ``fault`` (``FAULTS``) and
+``order: file`` (rows are read in the order of the file). Each rank writes next to the config what
+it put into every transport problem (``.rank0.json``) and the trace of an error (``.rank0.txt``).
+"""
+
+import contextlib
+import faulthandler
+import gc
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # torchrun puts only this folder there
+from ranks_helpers import in_file_order
+
+RANK = int(os.environ["RANK"])
+WORLD_SIZE = int(os.environ["WORLD_SIZE"])
+
+WRAPPERS = {"ddp": "DistributedDataParallel", "deepspeed": "DeepSpeedEngine", "fsdp2": "FSDP"}
+"""What a job's ``wrapper`` makes of the model: the beginning of a class name."""
+
+
+def die(logps: torch.Tensor) -> torch.Tensor:
+    """Ends this process as an out-of-memory kill does: without a word to anybody."""
+    os._exit(1)
+
+
+def not_finite(logps: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(logps, float("nan"))
+
+
+FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"die": die, "not_finite": not_finite}
+"""What befalls the last rank in the second step, while it takes log-probabilities."""
+
+
+@contextlib.contextmanager
+def observed(job: dict[str, str], problems: list[list[int]]) -> Iterator[None]:
+    """Collects [micro-batches, positives, sequences] of each transport problem of this rank,
+    asserts what wraps the model, and lets the job's fault happen."""
+    from aot_plugin.trainer import AOTTrainerMixin
+
+    transport, policy_logps = AOTTrainerMixin._transport, AOTTrainerMixin._policy_logps
+
+    def recording(self: Any, logps: Any, ref_logps: Any, labels: torch.Tensor) -> torch.Tensor:
+        assert type(self.model_wrapped).__name__.startswith(WRAPPERS[job["wrapper"]])
+        assert self.accelerator.num_processes == torch.distributed.get_world_size() == WORLD_SIZE
+        problems.append([self._micro_batches, int(labels.sum()), len(labels)])
+        return transport(self, logps, ref_logps, labels)
+
+    def faulty(self: Any, *args: Any) -> torch.Tensor:
+        logps = policy_logps(self, *args)
+        if "fault" in job and self.state.global_step == 1 and RANK == WORLD_SIZE - 1:
+            return FAULTS[job["fault"]](logps)
+        return logps
+
+    with (
+        mock.patch.object(AOTTrainerMixin, "_transport", recording),
+        mock.patch.object(AOTTrainerMixin, "_policy_logps", faulty),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def cpu_ranks(wrapper: str) -> Iterator[None]:
+    """The host and accelerate on CPU ranks, for one job."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    with contextlib.ExitStack() as stack:
+        patch = mock.patch.object
+        stack.enter_context(patch(torch.cuda, "can_device_access_peer", lambda *_: True))
+        stack.enter_context(patch(torch.cuda, "set_device", lambda *_: None))
+        # The next job needs the process group.
+        stack.enter_context(mock.patch("axolotl.train.cleanup_distributed"))
+        env = {"ACCELERATE_USE_CPU": "true"}
+        if wrapper != "ddp":
+            env = {"ACCELERATE_TORCH_DEVICE": "cpu"}
+            gloo = ("gloo", DistributedType.MULTI_GPU)
+            stack.enter_context(patch(PartialState, "_prepare_backend", lambda *_: gloo))
+        stack.enter_context(mock.patch.dict(os.environ, env))
+        yield
+
+
+def reset_host() -> None:
+    """What a run leaves in the process besides its environment."""
+    import axolotl.utils.distributed
+    from accelerate.state import AcceleratorState, GradientState
+    from axolotl.integrations.base import PluginManager
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    axolotl.utils.distributed.distributed_state = None
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PluginManager._instance = None
+    gc.collect()
+
+
+def train(job: dict[str, str]) -> None:
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.cli.train import do_train
+
+    result = Path(job["config"]).with_suffix(f".rank{RANK}")
+    problems: list[list[int]] = []
+    try:
+        order = in_file_order() if job.get("order") == "file" else contextlib.nullcontext()
+        with cpu_ranks(job["wrapper"]), observed(job, problems), order:
+            cfg = load_cfg(job["config"])
+            cfg.device_map = {"": "cpu"}
+            do_train(cfg, TrainerCliArgs())
+    except Exception:
+        result.with_suffix(result.suffix + ".txt").write_text(traceback.format_exc())
+        if "fault" not in job:
+            raise
+    result.with_suffix(result.suffix + ".json").write_text(json.dumps(problems))
+    reset_host()
+
+
+def main(jobs: list[dict[str, str]], world_size: int) -> None:
+    assert world_size == WORLD_SIZE
+    faulthandler.register(signal.SIGTERM, chain=True)  # the log of a timeout says where it hung
+    import axolotl.train  # noqa: F401  (all of the host, before the freeze)
+
+    gc.freeze()
+    for job in jobs:
+        print(f"rank {RANK}: {job}", flush=True)
+        train(job)
+    print(f"rank {RANK}: done", flush=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]))

@@ -1,0 +1,108 @@
+"""Starts ``launch.py`` under torchrun, and compares runs."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from harness import ENV, Run, write_config
+from torch.utils.data import SequentialSampler
+
+LAUNCH = Path(__file__).with_name("launch.py")
+TOLERANCE = 1e-4
+
+
+def relative(a: float, b: float) -> float:
+    return abs(a - b) / max(abs(a), abs(b))
+
+
+def assert_same(
+    run: Run, reference: Run, parameters: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Losses, gradient norms and final parameters agree over all steps."""
+    for key in ("loss", "grad_norm"):
+        values, expected = run.logged(key), reference.logged(key)
+        assert len(values) == len(expected) >= 5
+        for step, (a, b) in enumerate(zip(values, expected, strict=True), 1):
+            assert relative(a, b) < TOLERANCE, (key, step, values, expected)
+    parameters = run.parameters if parameters is None else parameters
+    assert parameters.keys() == reference.parameters.keys()
+    for name, parameter in reference.parameters.items():
+        difference = (parameters[name].float() - parameter.float()).norm()
+        assert difference <= TOLERANCE * parameter.float().norm(), name
+
+
+@contextlib.contextmanager
+def in_file_order() -> Iterator[None]:
+    """Training reads the rows as they stand, for which the host has no key under RL."""
+    from aot_plugin.trainer import AOTPairedTrainer, AOTUnpairedTrainer
+
+    def sampler(self: Any, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    with (
+        mock.patch.object(AOTPairedTrainer, "_get_train_sampler", sampler),
+        mock.patch.object(AOTUnpairedTrainer, "_get_train_sampler", sampler),
+    ):
+        yield
+
+
+def torchrun(jobs: list[dict[str, str]], work: Path, ranks: int = 2, timeout: int = 600) -> int:
+    """Train the jobs on CPU ranks; the return code. What they print goes to ``work/log.txt``.
+
+    At the timeout torchrun ends its ranks (they have process groups of their own, so a rank that
+    waits for ever would outlive a killed torchrun), and is killed if it can't.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    listing = work / "jobs.json"
+    listing.write_text(json.dumps(jobs))
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    with open(work / "log.txt", "w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command, str(LAUNCH), str(listing), str(ranks)],
+            env={
+                **ENV,
+                "DS_ACCELERATOR": "cpu",
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            },
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(timeout)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(60)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def job(cfg: dict[str, Any], **keys: str) -> dict[str, str]:
+    output_dir = Path(cfg["output_dir"])
+    path = write_config(output_dir.parent / f"{output_dir.name}.yml", cfg)
+    wrapper = "deepspeed" if "deepspeed" in cfg else "fsdp2" if "fsdp_config" in cfg else "ddp"
+    return {"config": str(path), "wrapper": wrapper, **keys}
+
+
+def train_ranks(cfgs: list[dict[str, Any]], work: Path, **keys: Any) -> list[Run]:
+    """Train configs one after the other on two ranks; their last checkpoints."""
+    code = torchrun([job(cfg) for cfg in cfgs], work, **keys)
+    assert code == 0, f"torchrun failed with {code}:\n{log(work)[-8000:]}"
+    return [Run.last(Path(cfg["output_dir"])) for cfg in cfgs]
+
+
+def log(work: Path) -> str:
+    return (work / "log.txt").read_text()
