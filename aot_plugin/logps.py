@@ -1,44 +1,99 @@
 """Sequence log-probabilities, with the LM head at completion positions only."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .head import token_logps
 
 
 def sequence_logps(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> Tensor:
     """log pi(completion | prompt) of each row: the sum over its completion tokens.
 
-    The forward pass goes through ``model`` as the trainer wrapped it (DDP, DeepSpeed and FSDP hook
-    there). A pre-hook on the LM head hands it the hidden states of the positions that predict a
-    completion token and no others, so logits of prompt and padding are never computed. What a
-    model does to its logits afterwards (scaling, soft-capping) is elementwise and applies as ever.
-
     Args:
-        model: the prepared causal language model.
+        model: the prepared causal language model. The forward pass goes through it as the trainer
+            wrapped it (DDP, DeepSpeed and FSDP hook there).
         head: its output embedding (``model.get_output_embeddings()`` of the unwrapped model).
         batch: ``input_ids``, ``attention_mask``, ``completion_mask``, each [rows, width] int64.
 
     Returns:
         [rows] float32, in nats; 0 for a row without completion tokens.
     """
+    logps, row_of_token = _token_logps(model, head, batch, None)
+    return logps.new_zeros(len(batch["input_ids"])).index_add(0, row_of_token, logps)
+
+
+def weighted_logps_sum(
+    model: nn.Module, head: nn.Module, batch: dict[str, Any], weights: Tensor
+) -> Tensor:
+    """sum(weights x ``sequence_logps``) for constant weights [rows] float32: the surrogate of the
+    backward move, in a form that computes the logits once."""
+    return _token_logps(model, head, batch, weights)[0].sum()
+
+
+def _token_logps(
+    model: nn.Module, head: nn.Module, batch: dict[str, Any], weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Per completion token its log-probability (with weights: one weighted sum), and its row."""
     targets_mask = batch["completion_mask"][:, 1:].bool()
     predicts = F.pad(targets_mask, (0, 1), value=False)
-    seen = False
+    targets = batch["input_ids"][:, 1:][targets_mask]
+    row_of_token = targets_mask.nonzero()[:, 0]
+    token_weights = None if weights is None else weights[row_of_token]
+
+    def forward() -> Tensor:
+        return model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+
+    # An adapter on the head, or a forward that somebody else has exchanged, is left alone.
+    if (
+        type(head) is nn.Linear
+        and "forward" not in vars(head)
+        and not getattr(head, _NEEDS_LOGITS, False)
+    ):
+        linear: nn.Linear = head
+        found: list[Tensor] = []
+
+        def in_place_of_logits(hidden: Tensor) -> Tensor:
+            found.append(
+                token_logps(hidden[predicts], linear.weight, linear.bias, targets, token_weights)
+            )
+            return found[-1]
+
+        with _replaced_forward(head, in_place_of_logits):
+            result = forward()
+        if len(found) == 1 and torch.equal(result.detach(), found[0].detach()):
+            return result, row_of_token
+        # This model does something to its logits (scaling, soft-capping): it needs real ones.
+        setattr(head, _NEEDS_LOGITS, True)
+
+    seen: list[bool] = []
 
     def keep_predicting(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal seen
-        seen = True
+        seen.append(True)
         return (args[0][predicts], *args[1:])
 
     with head.register_forward_pre_hook(keep_predicting):
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
+        logits = forward()
     if not seen:  # a model that multiplies by the head's weight itself
         logits = logits[predicts]
-    token_logps = -F.cross_entropy(
-        logits.float(), batch["input_ids"][:, 1:][targets_mask], reduction="none"
-    )
-    row_of_token = targets_mask.nonzero()[:, 0]
-    return token_logps.new_zeros(len(targets_mask)).index_add(0, row_of_token, token_logps)
+    logps = -F.cross_entropy(logits.float(), targets, reduction="none")
+    return (logps if token_weights is None else token_weights * logps), row_of_token
+
+
+_NEEDS_LOGITS = "_aot_plugin_model_needs_logits"
+
+
+@contextmanager
+def _replaced_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Exchange what the head computes. Its hooks, where DeepSpeed and FSDP gather weights, stay."""
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward

@@ -31,7 +31,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from .data import prepare_tokens
-from .logps import sequence_logps
+from .logps import sequence_logps, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
 from .registry import lookup
 from .report import Scores, log_figure_to_loggers, record_evaluation
@@ -243,15 +243,15 @@ class AOTTrainerMixin(Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """The surrogate whose gradient is the step's: sum of weight x logp(theta)."""
+        if WEIGHT_KEY in inputs:
+            head = self.model.get_output_embeddings()
+            return weighted_logps_sum(model, head, inputs, inputs[WEIGHT_KEY])
         logps = self._policy_logps(model, inputs)
-        weights = inputs.get(WEIGHT_KEY)
-        if weights is None:
-            if self.precompute_ref_logps:
-                ref_logps = self._cached_ref_logps(inputs)
-            else:
-                ref_logps = self._reference_logps(model, inputs)
-            weights = self._transport(logps, ref_logps, self._labels(inputs))
-        return (weights * logps).sum()
+        if self.precompute_ref_logps:
+            ref_logps = self._cached_ref_logps(inputs)
+        else:
+            ref_logps = self._reference_logps(model, inputs)
+        return (self._transport(logps, ref_logps, self._labels(inputs)) * logps).sum()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The host's step on the surrogate, with the true loss as its value: the host logs the

@@ -262,13 +262,14 @@ def test_the_side_of_the_padding_does_not_matter(tiny_llama: LlamaForCausalLM):
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
-def test_logits_are_computed_at_completion_tokens_only(tiny_llama: LlamaForCausalLM):
+def test_full_logits_are_never_held(tiny_llama: LlamaForCausalLM):
     batch = padded_batch("right", LENGTHS, tiny_llama.config.vocab_size)
     head, shapes = tiny_llama.get_output_embeddings(), []
     with head.register_forward_hook(lambda module, args, output: shapes.append(output.shape)):
         sequence_logps(tiny_llama, head, batch)
-    assert shapes == [(sum(c for _, c in LENGTHS), tiny_llama.config.vocab_size)]
-    assert not head._forward_pre_hooks  # the model is left as it was
+    assert shapes == [(sum(c for _, c in LENGTHS),)]  # a number per completion token
+    assert "forward" not in vars(head)  # the model is left as it was
+    assert not head._forward_pre_hooks
 
 
 def test_a_model_that_does_not_call_its_head(tiny_llama: LlamaForCausalLM):
