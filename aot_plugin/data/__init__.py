@@ -6,6 +6,7 @@ does not know. So an entry whose ``type`` is one of ours is rewritten before the
 that the host resolves to a function of this package (``strategy_factory``).
 
     options.py     what an entry may say, and the rewriting
+    host_schema.py the host's schema of such an entry, widened
     labels.py      a cell of the label column -> positive, negative or dropped
     rows.py        a row -> examples (prompt turns, completion turn, label); all that knows schemas
     render.py      an example -> the two strings that the model is trained on

@@ -175,8 +175,9 @@ def resolve_unpaired_datasets(
             _check_host_type(name, at)
             rewritten.append(entry)
             continue
-        loader = {key: entry[key] for key in LOADER_KEYS if entry.get(key) is not None}
-        own = {k: v for k, v in entry.items() if k not in (*LOADER_KEYS, "type") and v is not None}
+        written = {key: value for key, value in plain(entry).items() if value is not None}
+        loader = {key: written[key] for key in LOADER_KEYS if key in written}
+        own = {k: v for k, v in written.items() if k not in (*LOADER_KEYS, "type")}
         if "path" not in loader:
             raise ValueError(f"`{at}.path` is missing")
         _validated(name, own, at)
@@ -184,8 +185,8 @@ def resolve_unpaired_datasets(
         digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:12]
         options[digest] = resolved
         host_entry = {**loader, "type": f"aot_plugin.unpaired_{digest}"}
-        # The host takes `test_datasets:` as written, but converts the entries of `datasets:`.
-        rewritten.append(_keep_all_keys(host_entry) if where == "datasets" else host_entry)
+        # The host takes `test_datasets:` as written.
+        rewritten.append(_host_entry(host_entry) if where == "datasets" else host_entry)
     return rewritten, options
 
 
@@ -210,10 +211,16 @@ def _strategies() -> dict[str, Any]:
     return strategies()
 
 
+def _host_entry(entry: dict[str, Any]) -> Any:
+    from .host_schema import UnpairedDataset
+
+    return UnpairedDataset(**entry)
+
+
 def _validated(name: str, own: dict[str, Any], at: str) -> None:
     model = _strategies()[name].options
     try:
-        model(**plain(own))
+        model(**own)
     except ValidationError as error:
         raise ValueError(
             "; ".join(_readable(problem, name, model, at) for problem in error.errors())
@@ -270,14 +277,3 @@ def _host_types() -> Iterable[str]:
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and not name.startswith("_"):
                 yield f"{info.name}.{name}"
-
-
-def _keep_all_keys(entry: dict[str, Any]) -> Any:
-    # The host's KTODataset knows neither `name` nor `ds_type`, but what is one already stays.
-    from axolotl.utils.schemas.datasets import KTODataset
-
-    class UnpairedDataset(KTODataset):
-        name: str | None = None
-        ds_type: str | None = None
-
-    return UnpairedDataset(**entry)

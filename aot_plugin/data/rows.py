@@ -155,10 +155,7 @@ def as_turns(value: Any, role: str, options: ConversationOptions) -> list[Turn]:
     if value is None:
         return []
     if isinstance(value, str):
-        transcript = _TRANSCRIPT_TURN.split(value)
-        if len(transcript) > 1 and not transcript[0].strip():
-            return _from_transcript(transcript)
-        return [{"role": role, "content": value}]
+        return _from_transcript(value) or [{"role": role, "content": value}]
     if isinstance(value, Mapping):
         return [_turn(value, options)]
     if isinstance(value, Sequence):
@@ -171,16 +168,28 @@ def explicit(options: BaseModel) -> set[str]:
     return options.model_fields_set
 
 
-# Anthropic/hh-rlhf: the whole conversation in one string.
-_TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+"""Anthropic/hh-rlhf: a conversation in one string, which begins with this."""
+
+_HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
+"""nvidia/HelpSteer and HelpSteer2: what separates the turns of a prompt in one string."""
 
 
-def _from_transcript(parts: list[str]) -> list[Turn]:
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[who], "content": text.strip()}
-        for who, text in zip(parts[1::2], parts[2::2], strict=True)
+def _from_transcript(text: str) -> list[Turn]:
+    """The turns of a conversation in one string; empty if the string is none."""
+    if _HH_TURN.match(text):
+        parts = _HH_TURN.split(text)[1:]
+    elif _HELPSTEER_TURN.search(text):
+        parts = ["User", *_HELPSTEER_TURN.split(text)]
+    else:
+        return []
+    roles = {"Human": "user", "User": "user", "Assistant": "assistant"}
+    turns = [
+        {"role": roles[who], "content": said.strip()}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
     ]
+    # A prompt may end in the cue for the answer.
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def _turn(message: Any, options: ConversationOptions) -> Turn:

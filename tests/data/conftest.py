@@ -65,7 +65,7 @@ def config(model_dir, tmp_path):
             "gradient_accumulation_steps": 1,
             "num_epochs": 1,
             "learning_rate": 1e-4,
-            "dataset_num_proc": 1,
+            "dataset_num_proc": 0,  # no worker process per map
             "shuffle_merged_datasets": False,
         }
         return load_cfg(DictDefault(raw | keys))

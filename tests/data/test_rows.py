@@ -50,6 +50,18 @@ def test_multi_turn_and_system_from_turns_column_and_option():
     assert read({"prompt": turns, "system": None, **rest}, system_prompt="Be kind.") == with_system
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Hi\n\nAssistant:",
+        "Hi\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nHi",
+    ],
+)
+def test_transcripts_as_prompt(prompt):
+    row = {"prompt": prompt, "completion": "Hello.", "label": True}
+    assert read(row) == [Example([USER, ANSWER, USER], ANSWER, True)]
+
+
 def test_turns_after_the_completion_s_first_are_a_longer_prompt():
     row = {"prompt": [USER], "completion": [ANSWER, USER, ANSWER], "label": True}
     assert read(row) == [Example([USER, ANSWER, USER], ANSWER, True)]
