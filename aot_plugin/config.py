@@ -147,7 +147,8 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     written = {k: v for k, v in cfg.items() if k.startswith("aot_") and v is not None}
     if cfg.get("rl") != "aot":
-        if written:
+        # The host's inference command takes `rl` out of the training config that it is given.
+        if written and not cfg.get("inference"):
             raise ValueError(
                 f"`{next(iter(written))}` is an option of `rl: aot`, but the config says "
                 f"`rl: {cfg.get('rl')}`; write `rl: aot` or remove the key"

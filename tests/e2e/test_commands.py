@@ -172,7 +172,7 @@ def test_evaluation_does_not_depend_on_its_batches(tiny_model: Path, tmp_path: P
                 data,
                 tmp_path / f"eval{size}",
                 max_steps=3,
-                val_set_size=13,
+                val_set_size=0.325,
                 eval_steps=3,
                 eval_batch_size=size,
             )
@@ -208,7 +208,7 @@ def test_the_report_command_reads_a_run(tiny_model: Path, tmp_path: Path) -> Non
 
     data = write_rows(tmp_path / "rows.jsonl", paired_rows(40))
     out = tmp_path / "out"
-    train(config(tiny_model, data, out, max_steps=3, val_set_size=13, eval_steps=3))
+    train(config(tiny_model, data, out, max_steps=3, val_set_size=0.325, eval_steps=3))
     report = tmp_path / "report.html"
     subprocess.run(
         [sys.executable, "-m", "aot_plugin", "report", str(out), "--output", str(report)],

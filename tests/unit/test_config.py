@@ -106,6 +106,11 @@ def test_an_aot_key_needs_rl_aot(key: str) -> None:
         desugar({"rl": "dpo", key: "x"})
 
 
+def test_inference_ignores_the_options() -> None:
+    """`axolotl inference` calls the training config with `rl` set to None."""
+    assert desugar({"rl": None, "inference": True, "aot_mode": "unpaired"}) == {}
+
+
 def test_every_training_argument_is_an_input_with_the_documented_default() -> None:
     for key, default in vars(AOTTrainingArgs()).items():
         description = AOTInputArgs.model_fields[key].json_schema_extra["description"]
