@@ -38,7 +38,7 @@ def load_unpaired_datasets(cfg: Any) -> "TrainDatasetMeta":
     """
     counts: dict[Path, list[RowCounts]] = {}
     if is_main_process():
-        counts = _counts(cfg)
+        counts = row_counts(cfg)
     meta = load_preference_datasets(cfg=cfg)
     positive, negative = check_labels(meta.train_dataset)
     if counts:
@@ -49,8 +49,12 @@ def load_unpaired_datasets(cfg: Any) -> "TrainDatasetMeta":
     return meta
 
 
-def _counts(cfg: Any) -> dict[Path, list[RowCounts]]:
-    """The counts of every split by the file that keeps them, stored or made anew."""
+def row_counts(cfg: Any) -> dict[Path, list[RowCounts]]:
+    """The counts of every split's entries by the file that keeps them, stored or made anew.
+
+    A split that was prepared without counts (by another process, or before they existed) is left
+    out.
+    """
     tokenizer = load_tokenizer(cfg)
     # As the host does, rows of the training set are looked for in the evaluation set too.
     seen: set[int] | None = set() if cfg.dataset_exact_deduplication else None
