@@ -191,6 +191,10 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
         # A TRL loss type that needs no KL term spares the KTO trainer a forward pass that our
         # loss would not look at.
         kwargs["loss_type"] = "apo_zero_unpaired"
+        # TRL's KTO takes rows in order, for its KL term. In order they stay only if the host's key
+        # says so; otherwise the trainer's sampler gives both labels to each step.
+        in_order = cfg.get("curriculum_sampling")
+        kwargs["train_sampling_strategy"] = "sequential" if in_order else "random"
         # The host sets these two for DPO only. TRL's own default would cut rows at 1024 tokens.
         kwargs["max_length"] = cfg.get("sequence_len")
         kwargs["precompute_ref_log_probs"] = bool(cfg.get("precompute_ref_log_probs"))

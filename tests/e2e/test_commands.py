@@ -202,6 +202,14 @@ def test_steps_with_one_label_are_counted(tiny_model: Path, tmp_path: Path) -> N
         assert (loss == 0) == skipped
 
 
+def test_each_step_holds_both_labels_in_proportion(tiny_model: Path, tmp_path: Path) -> None:
+    rows = sorted(unpaired_rows(48, positive_every=4), key=lambda row: row["label"])
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    run = train(config(tiny_model, data, tmp_path / "out", aot_mode="unpaired", max_steps=6))
+    assert run.logged("aot/sorted_u") == [2] * 6
+    assert run.logged("aot/sorted_v") == [6] * 6
+
+
 def test_the_report_command_reads_a_run(tiny_model: Path, tmp_path: Path) -> None:
     import subprocess
     import sys

@@ -144,6 +144,10 @@ def test_the_host_validates_it_however_the_plugin_is_named(
     args = training_args(cfg)
     assert args["loss_type"] == "apo_zero_unpaired"
     assert args["max_length"] == 256
+    assert args["train_sampling_strategy"] == "random"
+    assert training_args({**cfg, "curriculum_sampling": True})["train_sampling_strategy"] == (
+        "sequential"
+    )
 
 
 def test_an_error_leaves_the_users_keys(yaml_path: Path, tiny_model: Path) -> None:
