@@ -176,6 +176,12 @@ def test_every_combination_of_the_sweep() -> None:
     assert seen == expected
 
 
+def test_the_readme_lists_every_file() -> None:
+    readme = (EXAMPLES / "README.md").read_text()
+    listed = {name for line in readme.splitlines() for name in re.findall(r"`(\w+\.yml)`", line)}
+    assert listed == {path.name for path in EXAMPLES.glob("*.yml")}
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_json(stage: int) -> None:
     pytest.importorskip("deepspeed")
@@ -242,8 +248,14 @@ def differentiable_4bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
+@pytest.fixture
+def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` takes two folders of one name and layout for one data set, whatever is in them."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("differentiable_4bit")
+@pytest.mark.usefixtures("differentiable_4bit", "own_datasets_cache")
 @pytest.mark.parametrize("path", SEVEN_B, ids=lambda path: path.stem)
 def test_it_runs_in_small(path: Path, local_data: Path, local_models: Path, tmp_path: Path) -> None:
     written = load(path)
