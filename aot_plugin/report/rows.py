@@ -72,8 +72,9 @@ def render(tokenizer: Any, row: Row, field: str, plain: bool = False) -> Sequenc
     The prompt is a list of messages, or a string that becomes a user message; the completion is a
     string, one message, or a list of messages. Both are rendered by the tokenizer's chat template;
     what follows the rendered prompt (with its generation prompt) is the completion, end-of-turn
-    tokens included. With plain=True both must be strings and are taken as they are, the
-    completion followed by the end-of-text token.
+    token included, white space at its end not (a template's newline between turns is nothing that
+    a model answers, and the host's strategies drop it as well). With plain=True both must be
+    strings and are taken as they are, the completion followed by the end-of-text token.
 
     Raises ValueError if the template is missing or doesn't extend the prompt, or for an empty
     completion.
@@ -108,7 +109,7 @@ def _by_chat_template(tokenizer: Any, prompt: Any, completion: Any) -> tuple[str
             "the chat template renders the prompt differently when a completion follows, so the "
             f"completion can't be told apart:\n{before!r}\n{whole!r}"
         )
-    return before, whole[len(before) :]
+    return before, whole[len(before) :].rstrip()
 
 
 def _token_ids(tokenizer: Any, text: str) -> list[int]:

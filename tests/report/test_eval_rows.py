@@ -50,7 +50,7 @@ class Characters:
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
         assert not tokenize
-        text = "".join(f"<{m['role']}:{m['content']}>" for m in messages)
+        text = "".join(f"<{m['role']}:{m['content']}>\n" for m in messages)
         return text + ("<assistant:" if add_generation_prompt else "")
 
 
@@ -65,7 +65,7 @@ def texts(sequence):
 @pytest.mark.parametrize("prompt", ["p", [{"role": "user", "content": "p"}]])
 def test_the_completion_is_what_the_template_adds(prompt, completion):
     row = {"prompt": prompt, "chosen": completion}
-    assert texts(render(Characters(), row, "chosen")) == ("<user:p><assistant:", "c>")
+    assert texts(render(Characters(), row, "chosen")) == ("<user:p>\n<assistant:", "c>")
 
 
 def test_plain_text():

@@ -28,6 +28,8 @@ def naive_logps(model, tokenizer, row, field):
     before = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     messages.append({"role": "assistant", "content": row[field]})
     whole = tokenizer.apply_chat_template(messages)["input_ids"]
+    assert tokenizer.decode(whole[-2:]) == "<|im_end|>\n"
+    whole = whole[:-1]
     assert whole[: len(before)] == before
     with torch.no_grad():
         logps = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
