@@ -1,8 +1,8 @@
 """Time and memory of an optimizer step: `rl: aot` against the peer at the same effective batch.
 
 The peer is what Axolotl reaches today: `rl: dpo` with `dpo_loss_type: [aot]` for pairs, `rl: kto`
-for labelled rows. Both trainers are built by the host, from one YAML with other `rl` keys, on the same
-model, rows, effective batch, precision and threads; then they take turns, step by step, so that a
+for labelled rows. Both trainers are built by the host, from one YAML with other `rl` keys: the same
+model, rows, effective batch, precision and threads. Then they take turns, step by step, so that a
 busy machine disturbs both. `--chunked` measures TRL's chunked log-probabilities (what
 `dpo_use_liger_kernel` selects) without liger's own model patch: its Triton kernels need a GPU.
 
