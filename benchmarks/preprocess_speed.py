@@ -30,6 +30,7 @@ from trl import KTOConfig, KTOTrainer
 from aot_plugin.data import prepare_tokens
 from aot_plugin.data.loading import load_unpaired_datasets
 
+LENGTH = 1024
 WORDS = "apple river stone cloud green happy table light music dance bread water house".split()
 
 
@@ -55,7 +56,7 @@ def load(model: str, folder: Path, entry: dict[str, Any]) -> DictDefault:
             plugins=["aot_plugin.AOTPlugin"],
             datasets=[{"path": str(folder / "rows.jsonl")} | entry],
             output_dir=str(folder / "out"),
-            sequence_len=1024,
+            sequence_len=LENGTH,
             micro_batch_size=1,
             gradient_accumulation_steps=1,
             num_epochs=1,
@@ -68,26 +69,24 @@ def load(model: str, folder: Path, entry: dict[str, Any]) -> DictDefault:
     return cfg
 
 
-def save_tiny_model(vocabulary: int, folder: Path) -> None:
-    """What TRL's trainer asks for before it tokenizes."""
+def trl_trainer(tokenizer: Any, folder: Path) -> KTOTrainer:
+    """A trainer with a tiny model, for its way of tokenizing."""
     size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **size)).save_pretrained(folder)
-
-
-def host_tokens(dataset: Any, tokenizer: Any, folder: Path) -> Any:
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder)
+    row = {"prompt": "a", "completion": "b"}
     return KTOTrainer(
         model=LlamaForCausalLM.from_pretrained(folder),
         processing_class=tokenizer,
         args=KTOConfig(
             output_dir=str(folder / "kto"),
             loss_type="apo_zero_unpaired",
-            max_length=1024,
+            max_length=LENGTH,
             use_cpu=True,
             bf16=False,
             report_to="none",
         ),
-        train_dataset=dataset,
-    ).train_dataset
+        train_dataset=datasets.Dataset.from_list([row | {"label": i == 0} for i in range(2)]),
+    )
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -112,7 +111,11 @@ def main() -> None:
         folder = Path(name)
         write_rows(folder / "rows.jsonl", args.rows)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        save_tiny_model(len(tokenizer), folder)
+        trainer = trl_trainer(tokenizer, folder)
+
+        def trl(rows: Any) -> Any:
+            return trainer._prepare_dataset(rows, tokenizer, trainer.args, "train")
+
         host = load(args.model, folder, {"type": "chatml.argilla"})
         ours = load(
             args.model,
@@ -127,10 +130,10 @@ def main() -> None:
         speeds: dict[str, list[float]] = {"host": [], "ours": []}
         for _ in range(args.repeats):
             prepared, dataset = seconds(lambda: load_preference_datasets(cfg=host).train_dataset)
-            tokenized, theirs = seconds(lambda: host_tokens(dataset, tokenizer, folder))  # noqa: B023
+            tokenized, theirs = seconds(lambda: trl(dataset))  # noqa: B023
             speeds["host"].append(args.rows / (prepared + tokenized))
             prepared, dataset = seconds(lambda: load_unpaired_datasets(ours).train_dataset)
-            tokenized, mine = seconds(lambda: prepare_tokens(dataset, refuse, 1024))  # noqa: B023
+            tokenized, mine = seconds(lambda: prepare_tokens(dataset, refuse, LENGTH))  # noqa: B023
             speeds["ours"].append(args.rows / (prepared + tokenized))
             assert len(theirs) == len(mine) == args.rows
         median = {side: statistics.median(values) for side, values in speeds.items()}
