@@ -180,13 +180,13 @@ def resolve_unpaired_datasets(
         own = {k: v for k, v in written.items() if k not in (*LOADER_KEYS, "type")}
         if "path" not in loader:
             raise ValueError(f"`{at}.path` is missing")
-        _validated(name, own, at)
+        _build(_strategies()[name].options, own, at)
         resolved = {"strategy": name, "options": own, "source": loader}
         digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:12]
         options[digest] = resolved
         host_entry = {**loader, "type": f"aot_plugin.unpaired_{digest}"}
         # The host takes `test_datasets:` as written.
-        rewritten.append(_host_entry(host_entry) if where == "datasets" else host_entry)
+        rewritten.append(_host_entry(host_entry, at) if where == "datasets" else host_entry)
     return rewritten, options
 
 
@@ -211,27 +211,26 @@ def _strategies() -> dict[str, Any]:
     return strategies()
 
 
-def _host_entry(entry: dict[str, Any]) -> Any:
+def _host_entry(entry: dict[str, Any], at: str) -> Any:
     from .host_schema import UnpairedDataset
 
-    return UnpairedDataset(**entry)
+    return _build(UnpairedDataset, entry, at)
 
 
-def _validated(name: str, own: dict[str, Any], at: str) -> None:
-    model = _strategies()[name].options
+def _build(model: type[BaseModel], values: dict[str, Any], at: str) -> BaseModel:
     try:
-        model(**own)
+        return model(**values)
     except ValidationError as error:
         raise ValueError(
-            "; ".join(_readable(problem, name, model, at) for problem in error.errors())
+            "; ".join(_readable(problem, model, at) for problem in error.errors())
         ) from None
 
 
-def _readable(problem: Any, name: str, model: type[BaseModel], at: str) -> str:
+def _readable(problem: Any, model: type[BaseModel], at: str) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = ", ".join((*LOADER_KEYS, *model.model_fields))
-        return f"`{at}.{key}` is not an option of `type: {name}`; accepted are {known}"
+        return f"`{at}.{key}` is not an option of this entry's type; accepted are {known}"
     if problem["type"] == "value_error":
         return f"`{at}`: {problem['ctx']['error']}"
     return f"`{at}.{key}: {problem['input']}` is wrong: {problem['msg']}"

@@ -97,9 +97,10 @@ def test_the_hosts_cache_hash_changes_with_every_option(change):
         ({"type": "chat_template.default"}, "`datasets[1].path` is missing"),
         (
             ENTRY | {"field_lable": "x"},
-            "`datasets[1].field_lable` is not an option of `type: chat_template.default`; "
+            "`datasets[1].field_lable` is not an option of this entry's type; "
             f"accepted are {', '.join((*LOADER_KEYS, *DefaultOptions.model_fields))}",
         ),
+        (ENTRY | {"data_files": "a.jsonl"}, "`datasets[1].data_files: a.jsonl` is wrong"),
         (ENTRY | {"shards": 4}, "`datasets[1].shards` is not an option"),
         (ENTRY | {"field_label": 3}, "`datasets[1].field_label: 3` is wrong"),
         (ENTRY | {"positive_min": 4}, "`positive_min` and `negative_max` go together"),
