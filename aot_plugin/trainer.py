@@ -30,7 +30,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from .data import prepare_tokens
+from .data import prepare_tokens, without_doubled_bos
 from .logps import sequence_logps, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
 from .registry import lookup
@@ -128,6 +128,19 @@ class AOTTrainerMixin(Trainer):
                 "is a mean over micro-batches and can't be exact over a step; set "
                 "`router_aux_loss_coef: 0.0` in the model's config"
             )
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        """TRL's tokens, with one begin-of-sequence token where it writes two."""
+        # TRL looks at any one column to tell chat rows from text, so a leftover `messages` column
+        # of the raw rows would make it guess.
+        if "messages" in dataset.column_names:
+            dataset = dataset.remove_columns("messages")
+        dataset = super()._prepare_dataset(  # type: ignore[misc]  # TRL has it, not Trainer
+            dataset, processing_class, args, dataset_name
+        )
+        return without_doubled_bos(dataset, self._tokenizer, args.dataset_num_proc)
 
     # Move 1: score.
 

@@ -19,11 +19,12 @@ that the host resolves to a function of this package (``strategy_factory``).
 from .accounting import check_labels
 from .options import resolve_unpaired_datasets
 from .strategy import strategy_factory
-from .tokens import prepare_tokens
+from .tokens import prepare_tokens, without_doubled_bos
 
 __all__ = [
     "check_labels",
     "prepare_tokens",
     "resolve_unpaired_datasets",
     "strategy_factory",
+    "without_doubled_bos",
 ]

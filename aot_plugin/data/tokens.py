@@ -87,3 +87,20 @@ def _take_template_ids(example: dict[str, Any]) -> dict[str, Any]:
 
 def _has_room(example: dict[str, Any], max_length: int) -> bool:
     return len(example["prompt_ids"]) < max_length
+
+
+def without_doubled_bos(dataset: Dataset, tokenizer: Any, num_proc: int | None = None) -> Dataset:
+    """Prompts that begin with one begin-of-sequence token where TRL has put two.
+
+    The host's strategies render strings that begin with it, and TRL lets the tokenizer add its own.
+    (The host's trainer means to mend that in a method that this TRL no longer calls.)
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("")["input_ids"][:1] != [bos]:
+        return dataset
+    return dataset.map(_drop_second, fn_kwargs={"bos": bos}, num_proc=num_proc)
+
+
+def _drop_second(example: dict[str, Any], bos: int) -> dict[str, Any]:
+    ids = example["prompt_ids"]
+    return {"prompt_ids": ids[1:] if ids[:2] == [bos, bos] else ids}

@@ -227,3 +227,53 @@ def test_the_report_command_reads_a_run(tiny_model: Path, tmp_path: Path) -> Non
     assert "<svg" in report.read_text() or "data:image/png" in report.read_text()
     summary = json.loads((out / "aot" / "dominance-eval-step3.json").read_text())
     assert summary["n_chosen"] == 13
+
+
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_one_begin_of_sequence_token(
+    mode: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Llama-3-like tokenizer adds the token that the host's strategies have rendered already."""
+    import shutil
+
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    from aot_plugin.sequences import Sequences
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    bos = "<|begin_of_text|>"
+    tokenizer.add_special_tokens({"bos_token": "<|endoftext|>"})
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, bos_id)]
+    )
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(model)
+    assert AutoTokenizer.from_pretrained(model)("x")["input_ids"][0] == bos_id
+
+    seen: list[list[int]] = []
+    from_batches = Sequences.from_batches.__func__
+
+    def spy(cls: type, batches: Any) -> Sequences:
+        sequences = from_batches(cls, batches)
+        seen.extend(row.tolist() for row in sequences.input_ids)
+        return sequences
+
+    monkeypatch.setattr(Sequences, "from_batches", classmethod(spy))
+    rows = paired_rows(16)
+    if mode == "unpaired":
+        rows = [
+            {"instruction": bos + row["prompt"], **row, "prompt": bos + row["prompt"]}
+            for row in unpaired_rows(16)
+        ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    cfg = config(model, data, tmp_path / "out", aot_mode=mode, max_steps=1)
+    if mode == "unpaired":
+        cfg["datasets"][0]["type"] = {"field_prompt": "prompt", "field_completion": "completion"}
+    train(cfg)
+    assert seen
+    for ids in seen:
+        assert ids[:2].count(bos_id) == 1, ids[:5]
