@@ -13,18 +13,19 @@ from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
 
 pytestmark = pytest.mark.slow
 
+SIZES = ("aot/sorted_u", "aot/sorted_v")
 CUTS = ((16, 1), (4, 4), (2, 8), (1, 16))
 TOLERANCE = 1e-4
 
 
 def relative(a: float, b: float) -> float:
-    return abs(a - b) / max(abs(a), abs(b))
+    return abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0
 
 
-def assert_same(run: Run, reference: Run, tolerance: float = TOLERANCE) -> None:
+def assert_same(run: Run, reference: Run, tolerance: float = TOLERANCE, steps: int = 5) -> None:
     for key in ("loss", "grad_norm"):
         values, expected = run.logged(key), reference.logged(key)
-        assert len(values) == len(expected) >= 5
+        assert len(values) == len(expected) >= steps
         for step, (a, b) in enumerate(zip(values, expected, strict=True), 1):
             assert relative(a, b) < tolerance, (key, step, a, b)
     for name, parameter in reference.parameters.items():
@@ -42,22 +43,25 @@ def assert_differs(run: Run, reference: Run, tolerance: float = TOLERANCE) -> No
 class Cutter:
     """Runs one config under several cuts of the same effective batch."""
 
-    def __init__(self, tmp_path: Path, model: Path, mode: str, **keys: Any) -> None:
-        rows = paired_rows(64) if mode == "paired" else unpaired_rows(64)
-        self.data = write_rows(tmp_path / "rows.jsonl", rows)
+    def __init__(self, tmp_path: Path, model: Path, mode: str, rows: int = 64, **keys: Any) -> None:
+        data = paired_rows(rows) if mode == "paired" else unpaired_rows(rows)
+        self.data = write_rows(tmp_path / "rows.jsonl", data)
         self.tmp_path, self.model, self.mode, self.keys = tmp_path, model, mode, keys
 
     def run(self, micro: int, accumulation: int, **keys: Any) -> Run:
-        name = f"{micro}x{accumulation}-" + "-".join(map(str, keys.values()))
+        name = f"{micro}x{accumulation}-{len(list(self.tmp_path.iterdir()))}"
         return train(
             config(
                 self.model,
                 self.data,
                 self.tmp_path / name,
-                aot_mode=self.mode,
-                micro_batch_size=micro,
-                gradient_accumulation_steps=accumulation,
-                **{**self.keys, **keys},
+                **{
+                    "aot_mode": self.mode,
+                    "micro_batch_size": micro,
+                    "gradient_accumulation_steps": accumulation,
+                    **self.keys,
+                    **keys,
+                },
             )
         )
 
@@ -77,3 +81,47 @@ def test_every_cut_gives_the_same_run(
     for micro, accumulation in cuts:
         assert_same(cutter.run(micro, accumulation), whole)
     assert_differs(cutter.run(2, 8, aot_batch="micro_batch"), whole)
+
+
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_the_shorter_window_at_the_end_of_an_epoch(
+    mode: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """40 rows in steps of 16: the third step of each epoch holds 8, in fewer micro-batches."""
+    cutter = Cutter(tmp_path, tiny_model, mode, rows=40, max_steps=6, num_epochs=2)
+    whole = cutter.run(16, 1)
+    count = [u + v for u, v in zip(*map(whole.logged, SIZES), strict=True)]
+    rows_per_pair = 2 if mode == "paired" else 1
+    assert count == [rows * rows_per_pair for rows in (16, 16, 8, 16, 16, 8)]
+    assert_same(cutter.run(4, 4), whole)
+    assert_same(cutter.run(3, 6, max_steps=4), cutter.run(18, 1, max_steps=4), steps=4)
+    assert_differs(cutter.run(4, 4, aot_batch="micro_batch"), whole)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "precomputed", "checkpointed", "reentrant"])
+def test_adapters_and_checkpointing(adapter: str, tiny_model: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16}
+    keys |= {"lora_target_linear": True, "learning_rate": 0.01}
+    if adapter == "precomputed":
+        keys["precompute_ref_log_probs"] = True
+    if adapter in ("checkpointed", "reentrant"):
+        keys["gradient_checkpointing"] = True
+        keys["gradient_checkpointing_kwargs"] = {"use_reentrant": adapter == "reentrant"}
+    cutter = Cutter(tmp_path, tiny_model, "paired", **keys)
+    whole = cutter.run(16, 1)
+    assert_same(cutter.run(2, 8), whole)
+    assert_differs(cutter.run(2, 8, aot_batch="micro_batch"), whole)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_micro_batch_sorting_is_the_peers(
+    accumulation: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    """`aot_batch: micro_batch`, and any sorting at one micro-batch per step, is TRL's `aot`."""
+    cutter = Cutter(tmp_path, tiny_model, "paired")
+    peer = cutter.run(4, accumulation, rl="dpo", dpo_loss_type=["aot"], aot_mode=None)
+    assert_same(cutter.run(4, accumulation, aot_batch="micro_batch"), peer)
+    if accumulation == 1:
+        assert_same(cutter.run(4, 1), peer)
+    else:
+        assert_differs(cutter.run(4, accumulation), peer)
