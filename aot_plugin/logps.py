@@ -67,7 +67,7 @@ def _token_logps(
 
         with _replaced_forward(head, in_place_of_logits):
             result = forward()
-        if len(found) == 1 and torch.equal(result.detach(), found[0].detach()):
+        if len(found) == 1 and _same(result.detach(), found[0].detach()):
             return result, row_of_token
         # This model does something to its logits (scaling, soft-capping): it needs real ones.
         setattr(head, _NEEDS_LOGITS, True)
@@ -84,6 +84,13 @@ def _token_logps(
         logits = logits[predicts]
     logps = -F.cross_entropy(logits.float(), targets, reduction="none")
     return (logps if token_weights is None else token_weights * logps), row_of_token
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equality in which NaN is NaN: where the numbers of one rank alone are not finite, it must not
+    take one forward pass more than the others, which would wait for it for ever."""
+    exact = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), **exact)
 
 
 _NEEDS_LOGITS = "_aot_plugin_model_needs_logits"

@@ -18,10 +18,12 @@ import contextlib
 import json
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
@@ -141,6 +143,18 @@ class AOTTrainerMixin(Trainer):
             dataset, processing_class, args, dataset_name
         )
         return without_doubled_bos(dataset, self._tokenizer, args.dataset_num_proc)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL's, with one cache file for all ranks. The rank that prepared the data holds them in
+        another folder than the ranks that read what it prepared, and TRL has each rank look for
+        rank 0's file in a folder of its own."""
+        path = [dataset._get_cache_file_path("")]
+        broadcast_object_list(path, from_process=0)
+        folder = Path(path[0]).parent
+        dataset._get_cache_file_path = lambda key: str(folder / f"cache-{key}.arrow")
+        return super()._precompute_ref_logps(  # type: ignore[misc]  # TRL has it, not Trainer
+            dataset, name, batch_size
+        )
 
     # Move 1: score.
 
