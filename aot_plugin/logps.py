@@ -89,8 +89,9 @@ def _token_logps(
 def _same(a: Tensor, b: Tensor) -> bool:
     """Equality in which NaN is NaN: where the numbers of one rank alone are not finite, it must not
     take one forward pass more than the others, which would wait for it for ever."""
-    exact = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), **exact)
+    if a.shape != b.shape:
+        return False
+    return torch.allclose(a.double(), b.double(), rtol=0.0, atol=0.0, equal_nan=True)
 
 
 _NEEDS_LOGITS = "_aot_plugin_model_needs_logits"
