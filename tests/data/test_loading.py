@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import pytest
+from axolotl.utils.data.rl import _drop_long_sequences, _truncate_long_sequences_rl
+from axolotl.utils.schemas.enums import RLType
 from data_helpers import write_rows
 from datasets import Dataset
 
-from aot_plugin.data import check_labels
+from aot_plugin.data import check_labels, resolve_unpaired_datasets
 from aot_plugin.data.accounting import RowCounts, count_rows, table
 from aot_plugin.data.loading import load_unpaired_datasets, row_counts
+from aot_plugin.data.strategy import transform_for
 
 LONG = "word " * 300
 
@@ -129,39 +132,46 @@ def test_check_labels(columns, message):
     assert check_labels(Dataset.from_dict({"label": [True, False, True]})) == (2, 1)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "too_long"), [("drop", 3), (None, 3), ("truncate", 1), ("TRUNCATE", 1)]
-)
-def test_too_long_by_the_host_s_rule(tokenizer, strategy, too_long):
-    """Lengths around the limit, against the host's own filter."""
-    from axolotl.utils.data.rl import _drop_long_sequences
-    from axolotl.utils.schemas.enums import RLType
+def resolved_default():
+    entry = {"path": "rows", "type": "chat_template.default"}
+    return next(iter(resolve_unpaired_datasets([entry])[1].values()))
 
-    from aot_plugin.data import resolve_unpaired_datasets
-    from aot_plugin.data.render import Renderer
-    from aot_plugin.data.rows import Example
-    from aot_plugin.data.strategy import outcomes, rows_of
 
-    limit = 64
+@pytest.mark.parametrize("strategy", ["drop", None, "truncate", "TRUNCATE"])
+def test_too_long_by_the_host_s_rule(tokenizer, strategy):
+    """All lengths around the limit, against the host's own functions."""
+    limit = 48
+    resolved = resolved_default()
     dataset = Dataset.from_list(
         [
-            {"prompt": "é " * p, "completion": "ü " * c, "label": True}
-            for p, c in ((1, 1), (1, 80), (80, 1), (10, 25), (25, 30), (5, 5))
+            {"prompt": "é " * prompt, "completion": "ü " * completion, "label": True}
+            for prompt in (1, 10, *range(24, 48))
+            for completion in range(1, 48, 2)
         ]
     )
-    entry = {"path": "rows", "type": "chat_template.default"}
-    ((_, resolved),) = resolve_unpaired_datasets([entry])[1].items()
     cfg = {"sequence_len": limit, "excess_length_strategy": strategy}
     counts = count_rows(dataset, resolved, "train", cfg, tokenizer)
-    assert counts.dropped == {"too long": too_long}
-    if (strategy or "drop") == "drop":
-        from aot_plugin.data.options import parsed_options
 
-        render = Renderer({}, parsed_options(resolved), tokenizer)
-        examples = [o for o in outcomes(rows_of(dataset[:]), resolved) if isinstance(o, Example)]
-        texts = [dict(zip(("prompt", "completion"), render(e), strict=True)) for e in examples]
-        kept = [_drop_long_sequences(t, RLType.KTO, tokenizer, limit) for t in texts]
-        assert counts.positive == sum(kept)
+    texts = Dataset.from_dict(transform_for({}, resolved)(dataset[:], tokenizer=tokenizer))
+    host = {"rl": RLType.KTO, "tokenizer": tokenizer, "sequence_len": limit}
+    rows = texts.to_list()
+    if (strategy or "").lower() == "truncate":
+        rows = [_truncate_long_sequences_rl(row, **host) for row in rows]
+    kept = sum(_drop_long_sequences(row, **host) for row in rows)
+    assert 0 < counts.positive == kept < len(dataset)
+    assert counts.dropped == {"too long": len(dataset) - kept}
+
+
+def test_duplicates_are_counted_across_entries(tokenizer):
+    seen: set[int] = set()
+    cfg = {"sequence_len": 64}
+    content = Dataset.from_list(rows(True, False))
+    for dropped in ({}, {"duplicate": 2}):
+        counts = count_rows(content, resolved_default(), "train", cfg, tokenizer, seen)
+        assert counts.dropped == dropped
+    other = Dataset.from_list(rows(False, False))
+    counts = count_rows(other, resolved_default(), "train", cfg, tokenizer, seen)
+    assert (counts.negative, counts.dropped) == (1, {"duplicate": 1})
 
 
 def test_table_without_drops():
