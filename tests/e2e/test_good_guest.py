@@ -1,0 +1,87 @@
+"""With another `rl` the plugin changes nothing: same validated config, same losses to the bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import ENV, config, paired_rows, unpaired_rows, write_config, write_rows
+
+pytestmark = pytest.mark.slow
+
+RUN = """
+import json, sys
+if sys.argv.pop(1) == "hidden":  # as if the plugin were not installed
+    import axolotl.integrations.base as host
+    real = host.entry_points
+    host.entry_points = lambda **keys: [
+        point for point in real(**keys) if not point.value.startswith("aot_plugin")
+    ]
+path = sys.argv.pop(1)
+from axolotl.cli.config import load_cfg
+from axolotl.cli.train import do_cli
+cfg = load_cfg(path).to_dict()
+do_cli(config=path)
+print("LOADED", "aot_plugin" in sys.modules, any(m.startswith("aot_plugin.t") for m in sys.modules))
+print("CONFIG", json.dumps(cfg, sort_keys=True, default=str))
+"""
+
+
+def run(cfg: dict[str, Any], plugin: str) -> tuple[str, dict[str, Any], list[Any]]:
+    out = Path(cfg["output_dir"])
+    path = write_config(out.parent / "config.yml", cfg)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, plugin, str(path)],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
+    history = [
+        {key: entry[key] for key in ("loss", "grad_norm") if key in entry}
+        for entry in state["log_history"]
+    ]
+    os.rename(out, out.with_name(f"{out.name}-{plugin}"))
+    return lines["LOADED"], json.loads(lines["CONFIG"]), history
+
+
+@pytest.mark.parametrize("rl", ["dpo", "kto", "orpo", None])
+def test_other_runs_are_the_same_to_the_bit(
+    rl: str | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = paired_rows(16)
+    if rl == "kto":
+        rows = unpaired_rows(16)
+    if rl is None:
+        rows = [{"text": row["completion"]} for row in unpaired_rows(16)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    keys = {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
+    cfg = config(tiny_model, data, tmp_path / "out", rl=rl, **keys)
+    if rl == "orpo":
+        rows = [
+            {
+                "prompt": row["messages"][0]["content"],
+                "chosen": [*row["messages"], row["chosen"]],
+                "rejected": [*row["messages"], row["rejected"]],
+            }
+            for row in rows
+        ]
+        write_rows(data, rows)
+        cfg["datasets"][0]["type"] = "chat_template.argilla"
+        cfg["chat_template"] = "chatml"
+    if rl is None:
+        cfg["datasets"][0]["type"] = "completion"
+        del cfg["rl"], cfg["rl_beta"]
+    with_plugin, cfg_with, history_with = run(cfg, "installed")
+    without, cfg_without, history_without = run(cfg, "hidden")
+    assert with_plugin == "True False"  # discovered, but no trainer of ours imported
+    assert without == "False False"
+    assert cfg_with == cfg_without
+    assert history_with == history_without
+    assert len(history_with) >= 2
