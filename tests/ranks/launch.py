@@ -44,17 +44,17 @@ WRAPPERS = {"ddp": "DistributedDataParallel", "deepspeed": "DeepSpeedEngine", "f
 """What a job's ``wrapper`` makes of the model: the beginning of a class name."""
 
 
-def die(logps: torch.Tensor) -> torch.Tensor:
+def die(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
     """Ends this process as an out-of-memory kill does: without a word to anybody."""
     os._exit(1)
 
 
-def not_finite(logps: torch.Tensor) -> torch.Tensor:
-    return torch.full_like(logps, float("nan"))
+def not_finite(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (args[0] * float("nan"),)
 
 
-FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"die": die, "not_finite": not_finite}
-"""What befalls the last rank in the second step, while it takes log-probabilities."""
+FAULTS: dict[str, Callable[..., Any]] = {"die": die, "not_finite": not_finite}
+"""What befalls the last rank in the second step: a hook before the LM head."""
 
 
 @contextlib.contextmanager
@@ -72,10 +72,10 @@ def observed(job: dict[str, str], problems: list[list[int]]) -> Iterator[None]:
         return transport(self, logps, ref_logps, labels)
 
     def faulty(self: Any, *args: Any) -> torch.Tensor:
-        logps = policy_logps(self, *args)
         if "fault" in job and self.state.global_step == 1 and RANK == WORLD_SIZE - 1:
-            return FAULTS[job["fault"]](logps)
-        return logps
+            head = self.model.get_output_embeddings()
+            head.register_forward_pre_hook(FAULTS[job["fault"]])
+        return policy_logps(self, *args)
 
     with (
         mock.patch.object(AOTTrainerMixin, "_transport", recording),

@@ -97,11 +97,12 @@ def job(cfg: dict[str, Any], **keys: str) -> dict[str, str]:
     return {"config": str(path), "wrapper": wrapper, **keys}
 
 
-def train_ranks(cfgs: list[dict[str, Any]], work: Path, **keys: Any) -> list[Run]:
-    """Train configs one after the other on two ranks; their last checkpoints."""
-    code = torchrun([job(cfg) for cfg in cfgs], work, **keys)
-    assert code == 0, f"torchrun failed with {code}:\n{log(work)[-8000:]}"
-    return [Run.last(Path(cfg["output_dir"])) for cfg in cfgs]
+def assert_every_rank_raised(output: Path, bad: int, sequences: int) -> None:
+    """Both ranks of a job with the fault "not_finite" say so, and in which step."""
+    for rank in range(2):
+        trace = output.with_name(f"{output.name}.rank{rank}.txt").read_text()
+        assert f"FloatingPointError: {bad} of {sequences} sequence" in trace
+        assert "in step 2;" in trace
 
 
 def log(work: Path) -> str:

@@ -14,14 +14,23 @@ from typing import Any
 import pytest
 import torch
 from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
-from ranks_helpers import TOLERANCE, assert_same, relative, train_ranks
+from ranks_helpers import (
+    TOLERANCE,
+    assert_every_rank_raised,
+    assert_same,
+    job,
+    log,
+    relative,
+    torchrun,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-STRATEGIES = ("zero1", "zero2", "zero3", "fsdp2")
-SHARDED = ("zero3", "fsdp2")
+STRATEGIES = ("fsdp2", "zero1", "zero2", "zero3")
+"""In the order of the runs: ZeRO-3 leaves a process in which models are made of partitions only."""
+SHARDED = ("fsdp2", "zero3")
 """Those that shard the parameters, so that every forward pass must go through the wrapper."""
 
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
@@ -109,16 +118,19 @@ class Bench:
         path.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": False}, **auto}))
         return {"deepspeed": str(path)}
 
-    def on_ranks(self) -> list[dict[str, Any]]:
-        configs = []
-        for name in reversed(STRATEGIES):
+    def on_ranks(self) -> list[dict[str, str]]:
+        jobs = []
+        for name in STRATEGIES:
             keys = self.strategy(name)
             for run in RUNS if name in SHARDED else ("full",):
-                configs.append(self.config(f"{name}-{run}", run, **keys))
+                jobs.append(job(self.config(f"{name}-{run}", run, **keys)))
             checkpoint = self.work / "ranks" / f"{name}-full" / "checkpoint-3"
             resume = {"resume_from_checkpoint": str(checkpoint)}
-            configs.append(self.config(f"{name}-resumed", "full", **keys, **resume))
-        return configs
+            jobs.append(job(self.config(f"{name}-resumed", "full", **keys, **resume)))
+            if name in SHARDED:
+                cfg = self.config(f"{name}-not_finite", "full", **keys)
+                jobs.append(job(cfg, fault="not_finite"))
+        return jobs
 
     def single(self, run: str) -> Run:
         if run not in self.singles:
@@ -135,7 +147,8 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tiny_model: Path, untied_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     bench = Bench(tmp_path_factory.mktemp("sharded"), tiny_model, untied_model)
-    train_ranks(bench.on_ranks(), bench.work / "log", timeout=1500)
+    code = torchrun(bench.on_ranks(), bench.work / "log", timeout=1500)
+    assert code == 0, f"torchrun failed with {code}:\n{log(bench.work / 'log')[-8000:]}"
     return bench
 
 
@@ -155,7 +168,7 @@ def test_full_fine_tuning(strategy: str, bench: Bench) -> None:
     output, reference = bench.output(f"{strategy}-full"), bench.single("full")
     run = Run.last(output)
     assert_same(run, reference, reloaded(output))
-    assert len(run.logged("eval_loss")) == 2
+    assert len(run.logged("eval_loss")) == 3  # before the first step, and every three steps
     for key in ("eval_loss", "eval_aot/w1", "eval_rewards/margins"):
         assert run.logged(key) == pytest.approx(reference.logged(key), rel=TOLERANCE)
 
@@ -178,3 +191,9 @@ def test_a_resumed_run_goes_on_as_the_unbroken_one(strategy: str, bench: Bench) 
         assert all(relative(a, b) < TOLERANCE for a, b in zip(values, expected, strict=True))
     # Steps 4 to 6 were trained, not copied: the resumed run has its own checkpoint.
     assert run.checkpoint.name == "checkpoint-6"
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_every_rank_raises_where_one_is_not_finite(strategy: str, bench: Bench) -> None:
+    # A rank that made one forward pass more or less than the others would wait for their shards.
+    assert_every_rank_raised(bench.output(f"{strategy}-not_finite"), 16, 32)
