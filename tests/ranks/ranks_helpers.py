@@ -39,6 +39,19 @@ def assert_same(
         assert difference <= TOLERANCE * parameter.float().norm(), name
 
 
+def assert_same_evaluation(run: Run, reference: Run) -> None:
+    """Every number of every evaluation agrees; what is timed aside."""
+    timed = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    keys = {key for entry in reference.history for key in entry if key.startswith("eval_")} - timed
+    assert {"eval_loss", "eval_aot/violation_fraction", "eval_rewards/margins"} <= keys
+    for key in keys:
+        # Margins are differences of sums of about 90 nats, which float32 resolves to 1e-5.
+        resolution = 0.0 if key == "eval_loss" else 1e-3
+        expected = pytest.approx(reference.logged(key), rel=TOLERANCE, abs=resolution)
+        assert run.logged(key) == expected, key
+        assert len(run.logged(key)) == 3  # before the first step, and every three steps
+
+
 @contextlib.contextmanager
 def in_file_order() -> Iterator[None]:
     """Training reads the rows as they stand, for which the host has no key under RL."""

@@ -15,6 +15,7 @@ from ranks_helpers import (
     TOLERANCE,
     assert_every_rank_raised,
     assert_same,
+    assert_same_evaluation,
     in_file_order,
     job,
     log,
@@ -179,17 +180,7 @@ def test_ranks_held_labels_in_uneven_numbers(cut: str, bench: Bench) -> None:
 def test_evaluation_knows_neither_batches_nor_ranks(
     mode: str, cut: str, bench: Bench, whole: Callable[[str], Run]
 ) -> None:
-    run, reference = bench.run(f"{mode}-{cut}"), whole(mode)
-    timed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-    keys = {key for entry in reference.history for key in entry if key.startswith("eval_")}
-    keys -= set(timed)
-    assert {"eval_loss", "eval_aot/violation_fraction", "eval_rewards/margins"} <= keys
-    for key in keys:
-        # Margins are differences of sums of about 90 nats, which float32 resolves to 1e-5.
-        resolution = 0.0 if key == "eval_loss" else 1e-3
-        expected = pytest.approx(reference.logged(key), rel=TOLERANCE, abs=resolution)
-        assert run.logged(key) == expected, key
-        assert len(run.logged(key)) == 3  # before the first step, and every three steps
+    assert_same_evaluation(bench.run(f"{mode}-{cut}"), whole(mode))
 
 
 def test_lora(bench: Bench) -> None:
