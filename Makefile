@@ -27,11 +27,16 @@ quickstart-unpaired: env
 	axolotl train example_configs/quickstart_unpaired.yml --launcher python
 	$(BIN)/python example_configs/quickstart/measure.py outputs/quickstart-unpaired
 
+# Two workers, since most tests use one thread; a file's tests share what they have set up.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: env
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python example_configs/quickstart/prepare_model.py $(MODEL)
+	$(PYTEST) $(PYTEST_ARGS)
 
 fast: env
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python example_configs/quickstart/prepare_model.py $(MODEL)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 check: env
 	$(BIN)/ruff check .
