@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from harness import ENV, Run, write_config
 from torch.utils.data import SequentialSampler
