@@ -188,8 +188,9 @@ def test_a_resumed_run_goes_on_as_the_unbroken_one(strategy: str, bench: Bench) 
         # The state of a checkpoint holds the log of its own three steps.
         assert values[:3] == expected[:3]
         assert all(relative(a, b) < TOLERANCE for a, b in zip(values, expected, strict=True))
-    # Steps 4 to 6 were trained, not copied: the resumed run has its own checkpoint.
-    assert run.checkpoint.name == "checkpoint-6"
+    # Steps 4 to 6 were trained, not copied.
+    problems = bench.output(f"{strategy}-resumed.rank0.json").read_text()
+    assert len(json.loads(problems)) == 3
 
 
 @pytest.mark.parametrize("strategy", SHARDED)
