@@ -68,6 +68,7 @@ class Bench:
             aot_mode=mode,
             micro_batch_size=micro,
             gradient_accumulation_steps=accumulation,
+            dataset_num_proc=0,  # in this process: to start another one takes longer
             **{"max_steps": 6, "num_epochs": 2, "learning_rate": 0.001, **keys},
         )
         if "eval_batch_size" in keys:

@@ -81,6 +81,7 @@ class Bench:
             self.tied if run == "full" else self.untied,
             self.data[keys["aot_mode"]],
             self.work / ("one" if name == run else "ranks") / name,
+            dataset_num_proc=0,  # in this process: to start another one takes longer
             **{"max_steps": 6, "save_steps": 3, "learning_rate": 0.001, **keys},
         )
         if run == "full":
