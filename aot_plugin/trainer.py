@@ -127,8 +127,8 @@ class AOTTrainerMixin(Trainer):
         if self.aux_loss_enabled:
             raise ValueError(
                 f"the mixture-of-experts auxiliary loss (coefficient {self.router_aux_loss_coef}) "
-                "is a mean over micro-batches and can't be exact over a step; set "
-                "`router_aux_loss_coef: 0.0` in the model's config"
+                "is a mean over micro-batches and can't be exact over a step; write "
+                "`overrides_of_model_config: {router_aux_loss_coef: 0.0}`"
             )
 
     def _prepare_dataset(
