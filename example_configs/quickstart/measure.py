@@ -90,9 +90,10 @@ def table(result: dict) -> str:
         f"{'mean length in words':36}{words['before']:10.1f}{words['after']:10.1f}",
         f"change of sentiment {result['sentiment_change']:+.3f}, "
         f"standard error {result['sentiment_change_standard_error']:.3f} (paired over prompts)",
-        f"after dominates before, but for {over['violation_fraction']:.1%} of the quantile levels",
+        "sentiment after falls below sentiment before at "
+        f"{over['violation_fraction']:.1%} of the quantile levels",
         "",
-        "Held-out log-ratios (trainer's evaluations, nats)",
+        "Held-out dominance by the trainer's evaluations, in nats (all 0 before the first step)",
         f"{'step':>6}{'violation_fraction':>20}{'violation_amount':>20}{'dominance_amount':>20}",
     ]
     for row in result["heldout_evaluations"]:
