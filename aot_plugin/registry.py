@@ -49,13 +49,20 @@ def registered(hook: str) -> dict[str, Any]:
     """All that is registered under a hook ("aot_penalties", ...), by name.
 
     Raises:
-        ValueError: if two packages register one name.
+        ValueError: if two packages register one name, or one returns no mapping from names.
     """
     manager = plugin_manager()
     found: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for impl in getattr(manager.hook, hook).get_hookimpls():
-        for name, value in impl.function().items():
+        returned = impl.function()
+        # The usual slip is a forgotten `return`.
+        if not isinstance(returned, Mapping) or not all(isinstance(n, str) for n in returned):
+            raise ValueError(
+                f"{hook} of {impl.plugin_name!r} returned {returned!r}; it must return a mapping "
+                "from names to what they stand for"
+            )
+        for name, value in returned.items():
             if name in found:
                 raise ValueError(
                     f"{hook}: {name!r} is registered by {owner[name]!r} and by "

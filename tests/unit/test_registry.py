@@ -126,6 +126,18 @@ def test_a_hook_that_does_not_exist_is_an_error(installed: Callable, plugin: typ
         registry.plugin_manager()
 
 
+@pytest.mark.parametrize("returned", [None, [("exponential", None)], {1: None}])
+def test_a_hook_that_returns_no_mapping_from_names_is_named(installed: Callable, returned: object):
+    class Careless:
+        @hookimpl
+        def aot_penalties(self):
+            return returned
+
+    installed(careless=Careless)
+    with pytest.raises(ValueError, match=r"aot_penalties of 'careless \(plugin\)' returned"):
+        registry.registered("aot_penalties")
+
+
 def test_there_are_hooks():
     assert {"aot_penalties", "aot_losses", "aot_prompt_strategies"} <= set(HOOKS)
 
