@@ -4,6 +4,8 @@ Light on purpose: the host imports this module in every run, to merge ``AOTInput
 schema and ``AOTTrainingArgs`` into its training arguments.
 """
 
+import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -143,18 +145,29 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: naming the key, what is wrong with it, and what to write instead.
     """
-    if is_desugared(cfg) and cfg.get("rl") != "aot":
+    rl = cfg.get("rl")
+    if is_desugared(cfg) and rl != "aot":
+        _check_desugared(cfg)
         return {}
-    written = {k: v for k, v in cfg.items() if k.startswith("aot_") and v is not None}
-    if cfg.get("rl") != "aot":
+    written = {
+        k: v
+        for k, v in cfg.items()
+        if isinstance(k, str) and k.startswith("aot_") and v is not None
+    }
+    if rl != "aot":
+        if isinstance(rl, str) and rl.lower().startswith("aot"):
+            mode = "unpaired" if "unpaired" in rl.lower() else "paired"
+            raise ValueError(f"`rl: {rl}` is not known; write `rl: aot` and `aot_mode: {mode}`")
         # The host's inference command takes `rl` out of the training config that it is given.
         if written and not cfg.get("inference"):
             raise ValueError(
                 f"`{next(iter(written))}` is an option of `rl: aot`, but the config says "
-                f"`rl: {cfg.get('rl')}`; write `rl: aot` or remove the key"
+                f"`rl: {rl}`; write `rl: aot` or remove the key"
             )
         return {}
 
+    _check_keys(cfg)
+    _check_entries(cfg)
     args = _validated(written)
     for key, advice in REFUSED.items():
         if cfg.get(key) is not None:
@@ -201,6 +214,48 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
+def misspelt(key: str) -> str | None:
+    """The option of ours that a key without the prefix ``aot_`` was meant to be."""
+    if key.startswith("aot_"):
+        return None  # refused as an unknown option, with the list of the known ones
+    names = [name for name in AOTInputArgs.model_fields if name != "aot_datasets"]
+    # A short key may have one slip, a long one two or three.
+    close = difflib.get_close_matches(key.lower().replace("-", "_"), names, n=1, cutoff=0.8)
+    return close[0] if close else None
+
+
+def _check_keys(cfg: Mapping[str, Any]) -> None:
+    # The host drops keys that it doesn't know without a word.
+    for key in cfg:
+        if not isinstance(key, str):
+            raise ValueError(f"`{key}` is not a key: the keys of a config are strings")
+        if cfg[key] is not None and key not in REFUSED and (name := misspelt(key)):
+            raise ValueError(f"`{key}` is not a key of Axolotl; write `{name}`")
+
+
+def _check_entries(cfg: Mapping[str, Any]) -> None:
+    for where in ("datasets", "test_datasets"):
+        entries = cfg.get(where)
+        if not isinstance(entries, list | None):
+            raise ValueError(f"`{where}: {entries}` is wrong: write a list of datasets")
+        for index, entry in enumerate(entries or []):
+            if not isinstance(entry, Mapping) or not all(isinstance(key, str) for key in entry):
+                raise ValueError(
+                    f"`{where}[{index}]` must be a mapping with `path` and `type`, not {entry!r}"
+                )
+
+
+def _check_desugared(cfg: Mapping[str, Any]) -> None:
+    # What the host writes beside a checkpoint is desugared, with all options; `trainer_cls` by a
+    # user's hand is not.
+    missing = [key for key in ("aot_mode", *vars(AOTTrainingArgs())) if cfg.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"`trainer_cls: {cfg['trainer_cls']}` is what `rl: aot` stands for; write `rl: aot` "
+            "and remove `trainer_cls`"
+        )
+
+
 def _validated(written: dict[str, Any]) -> AOTInputArgs:
     from .registry import lookup
 
@@ -208,6 +263,9 @@ def _validated(written: dict[str, Any]) -> AOTInputArgs:
         raise ValueError(
             "`aot_datasets` is written by the plugin; set options per `datasets:` entry"
         )
+    for key in ("aot_sort_epsilon", "aot_label_smoothing"):
+        if isinstance(written.get(key), bool):  # pydantic would read `true` as 1
+            raise ValueError(f"`{key}: {written[key]}` is wrong: write a number")
     try:
         args = _StrictInputArgs(**written)
     except ValidationError as error:
@@ -232,19 +290,26 @@ def _readable(error: ValidationError) -> str:
 
 
 def _beta(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    trl_beta = (cfg.get("trl") or {}).get("beta")
+    trl = cfg.get("trl")
+    if not isinstance(trl, Mapping | None):
+        raise ValueError(f"`trl: {trl}` is wrong: it holds keys of its own")
+    trl_beta = (trl or {}).get("beta")
     for key, beta in (("rl_beta", cfg.get("rl_beta")), ("trl.beta", trl_beta)):
-        if beta is None:
-            continue
-        if (
-            isinstance(beta, bool)
-            or not isinstance(beta, int | float)
-            or not 0 < beta < float("inf")
-        ):
+        if beta is not None and not _is_positive(beta):
             raise ValueError(f"`{key}: {beta}` is wrong: write a positive number (the paper: 0.01)")
     if cfg.get("rl_beta") is None and trl_beta is None:
         return {"rl_beta": DEFAULT_BETA}
     return {}
+
+
+def _is_positive(value: Any) -> bool:
+    # YAML 1.1 takes `1e-2` for a string, and the host reads it as a number.
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False
+    try:
+        return 0 < float(value) < math.inf
+    except (ValueError, OverflowError):
+        return False
 
 
 def _unpaired_keys(cfg: Mapping[str, Any]) -> dict[str, Any]:

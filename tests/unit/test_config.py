@@ -76,7 +76,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"aot_datasets": {}}, ["aot_datasets"]),
     ({"rl_beta": -0.1}, ["rl_beta", "positive"]),
     ({"rl_beta": 0}, ["rl_beta", "positive"]),
-    ({"rl_beta": "0.1"}, ["rl_beta", "positive number"]),
+    ({"rl_beta": "much"}, ["rl_beta", "positive number"]),
     ({"rl_beta": True}, ["rl_beta", "positive number"]),
     ({"rl_beta": float("nan")}, ["rl_beta", "positive number"]),
     ({"trl": {"beta": -1}}, ["trl.beta", "positive"]),
