@@ -192,9 +192,7 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
         value = getattr(args, key)
         updates[key] = default if value is None else value
     updates |= _beta(cfg)
-    if mode == "unpaired":
-        updates |= _unpaired_keys(cfg)
-    return updates
+    return updates | _data_keys(cfg, mode)
 
 
 def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,17 +310,11 @@ def _is_positive(value: Any) -> bool:
         return False
 
 
-def _unpaired_keys(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    from .data import resolve_unpaired_datasets
+def _data_keys(cfg: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    from .data import resolve_datasets
 
+    if mode == "paired":
+        return resolve_datasets(cfg, mode)
     if cfg.get("remove_unused_columns"):
         raise ValueError("`remove_unused_columns: true` drops the labels; remove it")
-    updates: dict[str, Any] = {"remove_unused_columns": False}
-    options: dict[str, dict[str, Any]] = {}
-    for where in ("datasets", "test_datasets"):
-        if cfg.get(where):
-            updates[where], found = resolve_unpaired_datasets(cfg[where], where=where)
-            options |= found
-    if options:
-        updates["aot_datasets"] = options
-    return updates
+    return {"remove_unused_columns": False} | resolve_datasets(cfg, mode)

@@ -57,13 +57,14 @@ class AOTPlugin(BasePlugin):
         return "aot_plugin.config.AOTTrainingArgs" if self._speaks() else None
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
-        """Unpaired rows: the host's own loading with a count of what became of every row, and an
-        error if one label only is left. Anything else is left to the host."""
-        if not is_desugared(cfg) or cfg["aot_mode"] != "unpaired" or not self._speaks():
+        """The host's own loading, with ``weight`` and ``shards`` per entry, a count of what became
+        of every unpaired row, and an error if one label only is left. Anything else is left to the
+        host."""
+        if not is_desugared(cfg) or not self._speaks():
             return None
-        from .data.loading import load_unpaired_datasets
+        from .data.loading import load_datasets
 
-        return load_unpaired_datasets(cfg)
+        return load_datasets(cfg, preprocess)
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """The options of this run, for the class above; None when ``rl`` is not ``aot``."""

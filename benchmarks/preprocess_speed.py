@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import KTOConfig, KTOTrainer
 
 from aot_plugin.data import prepare_tokens
-from aot_plugin.data.loading import load_unpaired_datasets
+from aot_plugin.data.loading import load_datasets
 
 LENGTH = 1024
 WORDS = "apple river stone cloud green happy table light music dance bread water house".split()
@@ -132,7 +132,7 @@ def main() -> None:
             prepared, dataset = seconds(lambda: load_preference_datasets(cfg=host).train_dataset)
             tokenized, theirs = seconds(lambda: trl(dataset))  # noqa: B023
             speeds["host"].append(args.rows / (prepared + tokenized))
-            prepared, dataset = seconds(lambda: load_unpaired_datasets(ours).train_dataset)
+            prepared, dataset = seconds(lambda: load_datasets(ours).train_dataset)
             tokenized, mine = seconds(lambda: prepare_tokens(dataset, refuse, LENGTH))  # noqa: B023
             speeds["ours"].append(args.rows / (prepared + tokenized))
             assert len(theirs) == len(mine) == args.rows

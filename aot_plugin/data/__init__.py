@@ -1,12 +1,15 @@
-"""Prompt strategies for unpaired rows: (prompt, completion, label) with the chat template.
+"""Prompt strategies for unpaired rows, and what both modes need beside the host's own loading.
 
-The host has no such strategy, and its schema drops the options of a ``datasets:`` entry that it
-does not know. So an entry whose ``type`` is one of ours is rewritten before the host validates it
-(``resolve_unpaired_datasets``): its options move to ``aot_datasets``, and its type becomes a name
-that the host resolves to a function of this package (``strategy_factory``).
+The host has no strategy for (prompt, completion, label) with the chat template, and its schema
+drops the options of a ``datasets:`` entry that it does not know. So an entry whose ``type`` is one
+of ours is rewritten before the host validates it (``resolve_datasets``): its options move to
+``aot_datasets``, and its type becomes a name that the host resolves to a function of this package
+(``strategy_factory``).
 
-    options.py     what an entry may say, and the rewriting
-    host_schema.py the host's schema of such an entry, widened
+    options.py     what an entry of ours may say
+    entries.py     all entries checked, and rewritten for the host
+    host_schema.py the host's schemas of an entry, widened
+    mixing.py      which rows of an entry are read: `weight` and `shards`
     labels.py      a cell of the label column -> positive, negative or dropped
     rows.py        a row -> examples (prompt turns, completion turn, label); all that knows schemas
     render.py      an example -> the two strings that the model is trained on
@@ -17,13 +20,14 @@ that the host resolves to a function of this package (``strategy_factory``).
 """
 
 from .accounting import check_labels
-from .options import resolve_unpaired_datasets
+from .entries import resolve_datasets, resolve_unpaired_datasets
 from .strategy import strategy_factory
 from .tokens import prepare_tokens, without_doubled_bos
 
 __all__ = [
     "check_labels",
     "prepare_tokens",
+    "resolve_datasets",
     "resolve_unpaired_datasets",
     "strategy_factory",
     "without_doubled_bos",

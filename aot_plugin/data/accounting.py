@@ -7,10 +7,11 @@ the row's number, are the ones that a user sees.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from .labels import Drop
@@ -26,11 +27,16 @@ SENTENCEPIECE_PREFIX = 1
 
 @dataclass
 class RowCounts:
-    """Counts of one ``datasets:`` entry. Every response is positive, negative or dropped."""
+    """Counts of one ``datasets:`` entry. Every response is positive, negative or dropped.
+
+    ``taken`` is the number of rows that ``weight`` and ``shards`` leave of ``rows``, or make of
+    them; None without the two.
+    """
 
     source: str
     split: str
     rows: int = 0
+    taken: int | None = None
     counted: bool = True
     positive: int = 0
     negative: int = 0
@@ -44,27 +50,29 @@ class RowCounts:
 def count_rows(
     dataset: Dataset,
     resolved: Mapping[str, Any],
-    split: str,
+    counts: RowCounts,
     cfg: Mapping[str, Any],
     tokenizer: Any,
     seen: set[int] | None = None,
+    numbers: Sequence[int] | np.ndarray | None = None,
 ) -> RowCounts:
-    """Count what an entry's rows come to.
+    """Add to ``counts`` what an entry's rows come to.
 
     Args:
         resolved: the entry's value of ``aot_datasets``.
         seen: hashes of the examples that were counted before, if the run removes duplicates.
+        numbers: the rows' numbers in their file, for messages; default 0, 1, 2, ...
 
     Raises:
         ValueError: for a row that can't be read, with its number.
     """
     resolved = plain(resolved)
-    counts = RowCounts(resolved["source"]["path"], split, rows=len(dataset))
     render = Renderer(template_config(cfg), parsed_options(resolved), tokenizer)
     dropped: Counter[str] = Counter()
+    numbers = range(len(dataset)) if numbers is None else numbers
     for start in range(0, len(dataset), BATCH):
         batch = rows_of(dataset[start : start + BATCH])
-        for outcome in outcomes(batch, resolved, first_row=start):
+        for outcome in outcomes(batch, resolved, numbers[start : start + BATCH]):
             fate = (
                 _after_rendering(render(outcome), outcome.label, cfg, tokenizer, seen)
                 if isinstance(outcome, Example)
@@ -116,11 +124,15 @@ def table(counts: Iterable[RowCounts]) -> str:
     """The counts as aligned text, one line per entry."""
     counts = list(counts)
     reasons = [drop.value for drop in Drop if any(drop.value in c.dropped for c in counts)]
-    lines = [["dataset", "split", "rows", "responses", "positive", "negative", *reasons]]
+    mixed = any(c.taken is not None for c in counts)
+    judged = any(c.counted for c in counts)
+    lines = [["dataset", "split", "rows"]]
+    lines[0] += ["taken"] * mixed + ["responses", "positive", "negative", *reasons] * judged
     for c in counts:
+        taken = [str(c.rows if c.taken is None else c.taken)]
         numbers = [c.responses, c.positive, c.negative, *(c.dropped.get(r, 0) for r in reasons)]
         cells = [str(n) if c.counted else "-" for n in numbers]
-        lines.append([c.source, c.split, str(c.rows), *cells])
+        lines.append([c.source, c.split, str(c.rows), *taken * mixed, *cells * judged])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(

@@ -1,13 +1,16 @@
-"""Loading the datasets of an unpaired run: the host's own, with checks and a table around it."""
+"""Loading the datasets of a run: the host's own, with checks and a table around it."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from axolotl.cli.args import PreprocessCliArgs
 from axolotl.common.datasets import load_preference_datasets
 from axolotl.loaders import load_tokenizer
+from axolotl.utils.data import rl
 from axolotl.utils.data.shared import (
     generate_dataset_hash_from_config,
     get_prepared_dataset_path,
@@ -16,36 +19,52 @@ from axolotl.utils.data.shared import (
 from axolotl.utils.distributed import is_main_process
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict
+from transformers import HfArgumentParser
 
 from .accounting import RowCounts, check_labels, count_rows, table
+from .mixing import is_mixed, rows_taken
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
 
 LOG = get_logger("axolotl.aot_plugin.data")  # the host shows INFO of loggers below its own name
 COUNTS_FILE = "aot_row_counts.json"
+DEFAULT_SEED = 42
+"""The host's own, where it has one."""
 SPLITS = {"train": "datasets", "test": "test_datasets"}
 
 
-def load_unpaired_datasets(cfg: Any) -> "TrainDatasetMeta":
-    """What the plugin's ``load_datasets`` hook returns for an unpaired run.
+def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":
+    """What the plugin's ``load_datasets`` hook returns for a run of ours.
 
     The datasets come from the host's own ``load_preference_datasets``. The main process logs, once,
-    what became of the rows of every entry; the counts are kept next to the prepared dataset.
+    what became of the rows of every entry; the counts are kept next to the prepared dataset. None
+    for paired runs that read all rows once: they are the host's alone.
+
+    Args:
+        preprocess: the command is ``axolotl preprocess``, whose flags (``--debug``) count.
 
     Raises:
-        ValueError: for a row that can't be read, or if the training rows have one label only.
+        ValueError: in an unpaired run, for a row that can't be read, or if the training rows have
+            one label only.
     """
+    unpaired = cfg["aot_mode"] == "unpaired"
+    entries = chain(*(cfg.get(where) or [] for where in SPLITS.values()))
+    if not unpaired and not any(map(is_mixed, entries)):
+        return None
     counts: dict[Path, list[RowCounts]] = {}
     if is_main_process():
         counts = row_counts(cfg)
-    meta = load_preference_datasets(cfg=cfg)
-    positive, negative = check_labels(meta.train_dataset)
+    with _mixing(cfg):
+        meta = load_preference_datasets(cfg=cfg, cli_args=_flags() if preprocess else None)
+    if unpaired:
+        positive, negative = check_labels(meta.train_dataset)
     if counts:
-        for path, entries in counts.items():
-            _store(path, entries)
-        LOG.info("rows of the unpaired datasets:\n%s", table(chain(*counts.values())))
-    LOG.info("training on %d positive and %d negative rows", positive, negative)
+        for path, stored in counts.items():
+            _store(path, stored)
+        LOG.info("rows of the %s datasets:\n%s", cfg["aot_mode"], table(chain(*counts.values())))
+    if unpaired:
+        LOG.info("training on %d positive and %d negative rows", positive, negative)
     return meta
 
 
@@ -77,16 +96,57 @@ def _count_split(
     cfg: Any, split: str, tokenizer: Any, seen: set[int] | None
 ) -> Iterator[RowCounts]:
     for entry in cfg[SPLITS[split]]:
-        dataset = load_dataset_with_config(entry, cfg.hf_use_auth_token)
-        if isinstance(dataset, DatasetDict):
-            dataset = dataset["train"]  # the split that the host's map takes
-        assert isinstance(dataset, Dataset)
+        dataset = _all_rows(load_dataset_with_config(entry, cfg.hf_use_auth_token))
+        counts = RowCounts(entry["path"], split, rows=len(dataset))
+        numbers = None
+        if is_mixed(entry):
+            numbers = rows_taken(len(dataset), entry, _seed(cfg))
+            dataset = dataset.select(numbers)
+            counts.taken = len(dataset)
         key = str(entry["type"]).removeprefix("aot_plugin.unpaired_")
         resolved = (cfg["aot_datasets"] or {}).get(key)
         if resolved is None:
-            yield RowCounts(entry["path"], split, rows=len(dataset), counted=False)
+            counts.counted = False
         else:
-            yield count_rows(dataset, resolved, split, cfg, tokenizer, seen)
+            count_rows(dataset, resolved, counts, cfg, tokenizer, seen, numbers)
+        yield counts
+
+
+@contextlib.contextmanager
+def _mixing(cfg: Any) -> Iterator[None]:
+    """The host's RL loader reads all rows of an entry once; here it reads those that ``weight`` and
+    ``shards`` take."""
+
+    def load(entry: Any, *args: Any, **kwargs: Any) -> Any:
+        dataset = original(entry, *args, **kwargs)
+        if not is_mixed(entry):
+            return dataset
+        dataset = _all_rows(dataset)
+        return dataset.select(rows_taken(len(dataset), entry, _seed(cfg)))
+
+    original = rl.load_dataset_with_config
+    rl.load_dataset_with_config = load
+    try:
+        yield
+    finally:
+        rl.load_dataset_with_config = original
+
+
+def _seed(cfg: Any) -> int:
+    # The host leaves an absent seed out of the config. Ranks, and a resumed run, must take the
+    # same rows.
+    return DEFAULT_SEED if cfg.seed is None else cfg.seed
+
+
+def _all_rows(dataset: Dataset | DatasetDict) -> Dataset:
+    # Of several splits the host's map takes this one.
+    return dataset["train"] if isinstance(dataset, DatasetDict) else dataset
+
+
+def _flags() -> PreprocessCliArgs:
+    # The hook is not given them; this is how the host's command itself reads them.
+    parser = HfArgumentParser(PreprocessCliArgs)
+    return parser.parse_args_into_dataclasses(return_remaining_strings=True)[0]
 
 
 def _store(path: Path, counts: list[RowCounts]) -> None:

@@ -1,17 +1,15 @@
-"""What a ``datasets:`` entry of an unpaired run may say, and its rewriting for the host."""
+"""What a ``datasets:`` entry with one of our types may say."""
 
-import hashlib
-import importlib.util
-import inspect
-import json
-import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-LOADER_KEYS = ("path", "split", "name", "data_files", "ds_type", "revision", "trust_remote_code")
-"""Keys of an entry that say where the rows are; the host reads them."""
+LOADER_KEYS = (
+    *("path", "split", "name", "data_files", "ds_type", "revision", "trust_remote_code"),
+    *("weight", "shards", "shards_idx"),
+)
+"""Keys of an entry that say where the rows are and which of them are read."""
 
 Cell = Callable[[Mapping[str, Any], str], Any]
 
@@ -141,55 +139,6 @@ class ListwiseOptions(_Thresholds):
             yield from ((part, field) for part in cell(row, self.field_responses) or [])
 
 
-def resolve_unpaired_datasets(
-    entries: Sequence[Mapping[str, Any]], where: str = "datasets"
-) -> tuple[list[Any], dict[str, dict[str, Any]]]:
-    """Rewrite the entries whose ``type`` is one of ours for the host.
-
-    Pure: the entries are not changed. An entry of the host's own types comes back as it is. The
-    new type ends in a hash of all that the entry says, so that the host's cache of prepared
-    datasets, which hashes the type, is not reused after a change of our options.
-
-    Args:
-        entries: the raw list under ``datasets:`` or ``test_datasets:``.
-        where: the name of that list, for messages and because the host validates the two
-            differently.
-
-    Returns:
-        The entries for the host, and the options of ours by the key that the type ends in.
-
-    Raises:
-        ValueError: an unknown type or key, a missing or contradictory option; the message names
-            ``where[i].key``.
-    """
-    rewritten: list[Any] = []
-    options: dict[str, dict[str, Any]] = {}
-    for index, entry in enumerate(entries):
-        at = f"{where}[{index}]"
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"`{at}` must be a mapping with `path` and `type`, not {entry!r}")
-        name = entry.get("type")
-        if name == "chat_template":
-            name = "chat_template.default"
-        if not isinstance(name, str) or name not in _strategies():
-            _check_host_type(name, at)
-            rewritten.append(entry)
-            continue
-        written = {key: value for key, value in plain(entry).items() if value is not None}
-        loader = {key: written[key] for key in LOADER_KEYS if key in written}
-        own = {k: v for k, v in written.items() if k not in (*LOADER_KEYS, "type")}
-        if "path" not in loader:
-            raise ValueError(f"`{at}.path` is missing")
-        _build(_strategies()[name].options, own, at)
-        resolved = {"strategy": name, "options": own, "source": loader}
-        digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:12]
-        options[digest] = resolved
-        host_entry = {**loader, "type": f"aot_plugin.unpaired_{digest}"}
-        # The host takes `test_datasets:` as written.
-        rewritten.append(_host_entry(host_entry, at) if where == "datasets" else host_entry)
-    return rewritten, options
-
-
 def parsed_options(resolved: Mapping[str, Any]) -> ConversationOptions:
     """The options object of a value of ``aot_datasets``."""
     return _strategies()[resolved["strategy"]].options(**plain(resolved["options"]))
@@ -211,68 +160,9 @@ def _strategies() -> dict[str, Any]:
     return strategies()
 
 
-def _host_entry(entry: dict[str, Any], at: str) -> Any:
-    from .host_schema import UnpairedDataset
-
-    return _build(UnpairedDataset, entry, at)
-
-
-def _build(model: type[BaseModel], values: dict[str, Any], at: str) -> BaseModel:
-    try:
-        return model(**values)
-    except ValidationError as error:
-        raise ValueError(
-            "; ".join(_readable(problem, model, at) for problem in error.errors())
-        ) from None
-
-
-def _readable(problem: Any, model: type[BaseModel], at: str) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = ", ".join((*LOADER_KEYS, *model.model_fields))
-        return f"`{at}.{key}` is not an option of this entry's type; accepted are {known}"
-    if problem["type"] == "value_error":
-        return f"`{at}`: {problem['ctx']['error']}"
-    return f"`{at}.{key}: {problem['input']}` is wrong: {problem['msg']}"
-
-
 def _check_template(choice: str, jinja: str | None) -> None:
     from axolotl.utils.chat_templates import get_chat_template
 
     # The tokenizer's own template is known only later.
     if not choice.startswith("tokenizer_default"):
         get_chat_template(choice, jinja_template=jinja)
-
-
-_HOST_MODULE = "axolotl.prompt_strategies.kto"
-
-
-def _check_host_type(name: Any, at: str) -> None:
-    # A mapping is the host's user-defined type; no type at all means rows that are ready.
-    if not name or isinstance(name, Mapping):
-        return
-    module, _, function = str(name).rpartition(".")
-    for candidate in (f"{_HOST_MODULE}.{module}", module):
-        if module and _find(candidate) and hasattr(importlib.import_module(candidate), function):
-            return
-    ours = ", ".join(_strategies())
-    raise ValueError(
-        f"`{at}.type: {name}` is not a strategy for unpaired rows; accepted are {ours}, the host's "
-        f"{', '.join(_host_types())}, a user-defined mapping, or `<module>.<function>`"
-    )
-
-
-def _find(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _host_types() -> Iterable[str]:
-    package = importlib.import_module(_HOST_MODULE)
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{_HOST_MODULE}.{info.name}")
-        for name, function in inspect.getmembers(module, inspect.isfunction):
-            if function.__module__ == module.__name__ and not name.startswith("_"):
-                yield f"{info.name}.{name}"

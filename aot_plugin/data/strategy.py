@@ -1,5 +1,6 @@
 """Our prompt strategies as the host calls them."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -93,20 +94,21 @@ def rows_of(batch: Mapping[str, list[Any]]) -> Iterator[Row]:
 
 
 def outcomes(
-    rows: Iterable[Row], resolved: Mapping[str, Any], first_row: int | None = None
+    rows: Iterable[Row], resolved: Mapping[str, Any], numbers: Iterable[int] | None = None
 ) -> Iterator[Outcome]:
     """What an entry's strategy makes of rows, in order.
 
     Args:
-        first_row: the number of the first of the rows in its dataset, for messages.
+        numbers: the rows' numbers in their dataset, for messages.
 
     Raises:
         ValueError: naming dataset, row number if known, field, value and what is accepted.
     """
     strategy, options = strategies()[resolved["strategy"]], parsed_options(resolved)
-    for number, row in enumerate(rows, first_row or 0):
+    known = itertools.repeat(None) if numbers is None else numbers
+    for number, row in zip(known, rows, strict=False):
         try:
             yield from strategy.examples(row, options)
         except RowError as error:
-            at = "" if first_row is None else f", row {number}"
+            at = "" if number is None else f", row {number}"
             raise ValueError(f"{resolved['source']['path']}{at}: {error}") from None

@@ -1,6 +1,7 @@
 """Every YAML entry of docs/datasets.md, on rows of ours that have the dataset's columns.
 
-The rows run through the host's own loading; of an entry only `path` is changed.
+The rows run through the host's own loading; of an entry only `path` is changed and
+`weight` left out.
 """
 
 import re
@@ -15,7 +16,7 @@ from data_helpers import write_rows
 
 from aot_plugin.data import resolve_unpaired_datasets
 from aot_plugin.data.labels import WORDS
-from aot_plugin.data.loading import load_unpaired_datasets, row_counts
+from aot_plugin.data.loading import load_datasets, row_counts
 from aot_plugin.data.options import LOADER_KEYS
 from aot_plugin.data.strategy import strategies
 
@@ -314,10 +315,10 @@ DROPPED = {
 
 
 def localized(mode: str, folder: Path) -> list[dict[str, Any]]:
-    """The entries of the docs with `path` pointing at our rows."""
+    """The entries of the docs with `path` pointing at our rows, each read once."""
     local = []
     for number, entry in enumerate(entries(mode)):
-        entry = dict(entry)
+        entry = {key: value for key, value in entry.items() if key != "weight"}
         path = write_rows(folder / f"{mode}{number}.jsonl", ROWS[entry["path"]])
         local.append(entry | {"path": path, "split": "train"})
     return local
@@ -326,7 +327,7 @@ def localized(mode: str, folder: Path) -> list[dict[str, Any]]:
 def test_unpaired_entries(config, tmp_path):
     names = [entry["path"] for entry in entries("unpaired")]
     cfg = config(localized("unpaired", tmp_path), skip_prepare_dataset=True)
-    dataset = load_unpaired_datasets(cfg).train_dataset
+    dataset = load_datasets(cfg).train_dataset
     (counts,) = row_counts(cfg).values()
     assert [(c.positive, c.negative) for c in counts] == [(1, 1)] * len(names)
     assert [c.dropped for c in counts] == [DROPPED.get(name, {}) for name in names]

@@ -1,5 +1,6 @@
 """The host's loading with our types: what is left, what is counted, what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from datasets import Dataset
 
 from aot_plugin.data import check_labels, resolve_unpaired_datasets
 from aot_plugin.data.accounting import RowCounts, count_rows, table
-from aot_plugin.data.loading import load_unpaired_datasets, row_counts
+from aot_plugin.data.loading import load_datasets, row_counts
 from aot_plugin.data.strategy import transform_for
 
 LONG = "word " * 300
+SEED = 42
+"""What the host calls its default."""
 
 
 def rows(*labels, prompt="Question"):
@@ -35,7 +38,7 @@ def entry(tmp_path):
 
 
 def logged_table(caplog):
-    (text,) = (r.getMessage() for r in caplog.records if "rows of the unpaired" in r.getMessage())
+    (text,) = (r.getMessage() for r in caplog.records if "rows of the" in r.getMessage())
     caplog.clear()
     return [line.split() for line in text.replace("too long", "too_long").splitlines()[1:]]
 
@@ -69,7 +72,7 @@ def test_every_row_is_accounted_for_also_when_the_cache_is_reused(config, entry,
         [host["path"], "train", "1", *"-------"],
         [evaluation["path"], "test", "2", "2", "1", "1", "0", "0", "0", "0"],
     ]
-    meta = load_unpaired_datasets(cfg)
+    meta = load_datasets(cfg)
     assert logged_table(caplog) == expected
     assert meta.train_dataset["label"] == [True, False, True, True, False]
     assert meta.eval_dataset["label"] == [False, True]
@@ -77,7 +80,7 @@ def test_every_row_is_accounted_for_also_when_the_cache_is_reused(config, entry,
     # Neither strategies nor counts can have looked at the rows again.
     for made in (flags, pairs, host, evaluation):
         Path(made["path"]).write_text("")
-    again = load_unpaired_datasets(cfg)
+    again = load_datasets(cfg)
     assert logged_table(caplog) == expected
     assert again.train_dataset["completion"] == meta.train_dataset["completion"]
 
@@ -88,23 +91,108 @@ def test_worker_processes_give_the_same_rows(config, entry):
     datasets, counts = [], []
     for workers in (0, 2):
         cfg = config([content], skip_prepare_dataset=True, dataset_num_proc=workers)
-        datasets.append(load_unpaired_datasets(cfg).train_dataset.to_list())
+        datasets.append(load_datasets(cfg).train_dataset.to_list())
         counts.append(*row_counts(cfg).values())
     assert datasets[0] == datasets[1]
     assert counts[0] == counts[1]
     assert (counts[0][0].positive, counts[0][0].dropped) == (20, {"unlabeled": 20})
 
 
+def numbered(path, count):
+    return write_rows(
+        path,
+        [
+            {
+                "messages": [{"role": "user", "content": f"Q{i}"}],
+                "instruction": f"Q{i}",
+                "question": f"Q{i}",
+                "chosen": f"yes {i}",
+                "rejected": f"no {i}",
+                "completion": f"so {i}",
+                "label": i % 2 == 0,
+            }
+            for i in range(count)
+        ],
+    )
+
+
+MAPPING = {"field_prompt": "question", "field_chosen": "chosen", "field_rejected": "rejected"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "types", "column"),
+    [
+        ("paired", ["chat_template.default", "chatml.intel", MAPPING], "chosen"),
+        ("unpaired", ["chat_template.default", "chatml.argilla", "chat_template"], "completion"),
+    ],
+)
+def test_weights_and_shards_in_a_mix(mode, types, column, config, tmp_path, caplog):
+    """Three types in one run; each entry brings the rows that its weight and shard say."""
+    paths = [numbered(tmp_path / f"{name}.jsonl", 10) for name in "abc"]
+    mixing = [{"weight": 0.5}, {"weight": 2.3}, {"shards": 3, "shards_idx": 2, "weight": 0.5}]
+    entries = [
+        {"path": path, "type": kind} | mix
+        for path, kind, mix in zip(paths, types, mixing, strict=True)
+    ]
+    evaluation = entries[0] | {"weight": 0.3}
+    more = {"aot_mode": mode, "test_datasets": [evaluation]}
+    cfg = config(entries, **more)
+    meta = load_datasets(cfg)
+    numbers = [int(re.search(r"\d+", text)[0]) for text in meta.train_dataset[column]]
+    # The host's own words for the same seed.
+    rows = Dataset.from_dict({"i": list(range(10))})
+    half = rows.shuffle(seed=SEED).select(range(5))["i"][:]
+    third = rows.shuffle(seed=SEED).shard(3, 2).shuffle(seed=SEED)["i"][:1]
+    assert numbers[:5] == half
+    assert numbers[5:25] == [*range(10), *range(10)]
+    assert numbers[25:28] == half[:3]
+    assert numbers[28:] == third
+    assert len(meta.eval_dataset) == 3
+    expected = [
+        ["dataset", "split", "rows", "taken"],
+        [paths[0], "train", "10", "5"],
+        [paths[1], "train", "10", "23"],
+        [paths[2], "train", "10", "1"],
+        [paths[0], "test", "10", "3"],
+    ]
+    assert [line[:4] for line in logged_table(caplog)] == expected
+    assert mode == "paired" or (cfg.aot_datasets and meta.train_dataset["label"][5] is True)
+
+    # The cache answers to the same weights only.
+    for path in paths:
+        Path(path).write_text("")
+    again = load_datasets(config(entries, **more))
+    assert again.train_dataset[column] == meta.train_dataset[column]
+    assert [line[:4] for line in logged_table(caplog)] == expected
+    for path in paths:
+        numbered(Path(path), 2)
+    entries[1]["weight"] = 3.0
+    assert len(load_datasets(config(entries, **more)).train_dataset) == 1 + 6 + 0
+
+
+def test_a_row_s_number_is_that_of_its_file(config, entry):
+    content = rows(*[True, False] * 10)
+    content[13]["label"] = "meh"
+    cfg = config([entry("rows", content, weight=2.0)], skip_prepare_dataset=True)
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 13: `label`: 'meh' is not a label"):
+        load_datasets(cfg)
+
+
+def test_paired_runs_without_weights_are_the_host_s_alone(config, tmp_path):
+    entry = {"path": numbered(tmp_path / "a.jsonl", 4), "type": "chat_template.default"}
+    assert load_datasets(config([entry | {"weight": 1}], aot_mode="paired")) is None
+
+
 def test_an_unreadable_label_stops_the_run_with_its_row(config, entry):
     cfg = config([entry("rows", rows("good", "bad", "meh"))], skip_prepare_dataset=True)
     with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: `label`: 'meh' is not a label"):
-        load_unpaired_datasets(cfg)
+        load_datasets(cfg)
 
 
 def test_one_label_stops_the_run(config, entry):
     cfg = config([entry("rows", rows("good", True, 1, None))], skip_prepare_dataset=True)
     with pytest.raises(ValueError, match="all 3 rows are positive"):
-        load_unpaired_datasets(cfg)
+        load_datasets(cfg)
 
 
 def test_what_the_host_s_loader_reads_survives_its_validation(config, entry):
@@ -150,7 +238,7 @@ def test_too_long_by_the_host_s_rule(tokenizer, strategy):
         ]
     )
     cfg = {"sequence_len": limit, "excess_length_strategy": strategy}
-    counts = count_rows(dataset, resolved, "train", cfg, tokenizer)
+    counts = count_rows(dataset, resolved, RowCounts("rows", "train"), cfg, tokenizer)
 
     texts = Dataset.from_dict(transform_for({}, resolved)(dataset[:], tokenizer=tokenizer))
     host = {"rl": RLType.KTO, "tokenizer": tokenizer, "sequence_len": limit}
@@ -167,10 +255,11 @@ def test_duplicates_are_counted_across_entries(tokenizer):
     cfg = {"sequence_len": 64}
     content = Dataset.from_list(rows(True, False))
     for dropped in ({}, {"duplicate": 2}):
-        counts = count_rows(content, resolved_default(), "train", cfg, tokenizer, seen)
+        counts = RowCounts("rows", "train")
+        count_rows(content, resolved_default(), counts, cfg, tokenizer, seen)
         assert counts.dropped == dropped
     other = Dataset.from_list(rows(False, False))
-    counts = count_rows(other, resolved_default(), "train", cfg, tokenizer, seen)
+    counts = count_rows(other, resolved_default(), RowCounts("rows", "train"), cfg, tokenizer, seen)
     assert (counts.negative, counts.dropped) == (1, {"duplicate": 1})
 
 

@@ -7,10 +7,11 @@ from axolotl.utils.data.shared import generate_dataset_hash_from_config
 from axolotl.utils.dict import DictDefault
 
 import aot_plugin
-from aot_plugin.data import resolve_unpaired_datasets
+from aot_plugin.data import resolve_datasets, resolve_unpaired_datasets
 from aot_plugin.data.options import LOADER_KEYS, DefaultOptions
 
 ENTRY = {"path": "rows.jsonl", "type": "chat_template.default"}
+HOST = {"path": "rows.jsonl", "type": "chatml.argilla"}
 LISTWISE = {"path": "rows.jsonl", "type": "chat_template.listwise"}
 
 
@@ -53,9 +54,12 @@ def test_our_types_are_rewritten_and_keep_what_the_host_loads_by():
 )
 def test_the_hosts_types_pass_unchanged(host_type):
     entry = {"path": "rows.jsonl", "type": host_type}
-    entries, options = resolve_unpaired_datasets([entry])
-    assert entries == [entry]
-    assert options == {}
+    for where in ("datasets", "test_datasets"):
+        (rewritten,), options = resolve_unpaired_datasets([entry], where=where)
+        (rewritten,) = as_dicts([rewritten])
+        rewritten.pop("trust_remote_code", None)
+        assert rewritten == {key: value for key, value in entry.items() if value is not None}
+        assert options == {}
 
 
 def test_chat_template_alone_is_the_default():
@@ -74,6 +78,10 @@ def test_chat_template_alone_is_the_default():
         {"chat_template_jinja": "{{ messages }}"},
         {"type": "chat_template.paired"},
         {"name": "other"},
+        {"weight": 0.5},
+        {"weight": 2},
+        {"shards": 2},
+        {"shards": 2, "shards_idx": 1},
     ],
 )
 def test_the_hosts_cache_hash_changes_with_every_option(change):
@@ -83,6 +91,58 @@ def test_the_hosts_cache_hash_changes_with_every_option(change):
 
     assert host_hash(ENTRY) == host_hash(dict(reversed(ENTRY.items())))
     assert host_hash(ENTRY) != host_hash(ENTRY | change)
+
+
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_weights_that_repeat_rows(mode):
+    entry = {"path": "rows.jsonl", "type": "chatml.intel" if mode == "paired" else "chatml.argilla"}
+    for change, message in (
+        ({"dataset_exact_deduplication": True}, "would take them out again"),
+        ({"val_set_size": 0.1}, "copies of one row on both sides of the split"),
+        ({"test_datasets": [entry | {"weight": 2}]}, "`test_datasets[0].weight: 2` repeats rows"),
+    ):
+        for weight in (1.5, 1):
+            cfg = {"datasets": [entry, entry | {"weight": weight}]} | change
+            if weight == 1 and "test_datasets" not in change:
+                resolve_datasets(cfg, mode)
+                continue
+            with pytest.raises(ValueError) as error:
+                resolve_datasets(cfg, mode)
+            assert message in str(error.value)
+
+
+PAIRS = {"path": "rows.jsonl", "type": "chat_template.default"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            PAIRS | {"type": "chat_template.paird"},
+            "is not a strategy for paired rows; accepted are",
+        ),
+        (PAIRS | {"type": "chat_template.paired"}, "is not a strategy for paired rows"),
+        (PAIRS | {"field_choosen": "x"}, "`datasets[0].field_choosen` is not an option of this"),
+        (PAIRS | {"weight": True}, "`datasets[0].weight: True` is wrong"),
+        (PAIRS | {"shards": 2.5}, "`datasets[0].shards: 2.5` is wrong"),
+        ("rows.jsonl", "`datasets[0]` must be a mapping"),
+    ],
+)
+def test_mistakes_in_paired_entries(entry, message):
+    with pytest.raises(ValueError) as error:
+        resolve_datasets({"datasets": [entry]}, "paired")
+    assert message in str(error.value)
+
+
+def test_an_evaluation_that_the_host_would_read_by_other_options():
+    other = PAIRS | {"path": "more.jsonl", "field_chosen": "better"}
+    resolve_datasets({"datasets": [PAIRS, other], "test_datasets": [PAIRS, other]}, "paired")
+    with pytest.raises(ValueError, match=r"`test_datasets\[0\]`.* in `field_chosen`: give both"):
+        resolve_datasets({"datasets": [PAIRS, other], "test_datasets": [other]}, "paired")
+    with pytest.raises(
+        ValueError, match=r"by the options of `datasets\[1\]`, which differs in all"
+    ):
+        resolve_datasets({"datasets": [PAIRS], "test_datasets": [PAIRS, PAIRS]}, "paired")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +161,21 @@ def test_the_hosts_cache_hash_changes_with_every_option(change):
             f"accepted are {', '.join((*LOADER_KEYS, *DefaultOptions.model_fields))}",
         ),
         (ENTRY | {"data_files": "a.jsonl"}, "`datasets[1].data_files: a.jsonl` is wrong"),
-        (ENTRY | {"shards": 4}, "`datasets[1].shards` is not an option"),
+        (ENTRY | {"shards": 0}, "`datasets[1].shards: 0` is wrong"),
+        (
+            ENTRY | {"shards": 2, "shards_idx": 2},
+            "`shards_idx: 2` needs a `shards` above it, not 2",
+        ),
+        (ENTRY | {"shards_idx": 0}, "`shards_idx: 0` needs a `shards` above it, not None"),
+        (ENTRY | {"preprocess_shards": 4}, "`datasets[1].preprocess_shards` is not an option"),
+        (ENTRY | {"weight": 0}, "`datasets[1].weight: 0` is wrong: Input should be greater"),
+        (ENTRY | {"weight": float("nan")}, "`datasets[1].weight: nan` is wrong"),
+        (ENTRY | {"weight": "half"}, "`datasets[1].weight: half` is wrong"),
+        (HOST | {"weight": -1}, "`datasets[1].weight: -1` is wrong"),
+        (
+            HOST | {"field_label": "ok"},
+            "`datasets[1].field_label` is not an option of this entry's",
+        ),
         (ENTRY | {"field_label": 3}, "`datasets[1].field_label: 3` is wrong"),
         (ENTRY | {"positive_min": 4}, "`positive_min` and `negative_max` go together"),
         (ENTRY | {"positive_min": "x", "negative_max": 1}, "`datasets[1].positive_min: x` is wro"),

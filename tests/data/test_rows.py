@@ -15,7 +15,7 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 def read(row, kind="default", **options):
     entry = {"path": "rows.jsonl", "type": f"chat_template.{kind}", **options}
     _, resolved = resolve_unpaired_datasets([entry])
-    return list(outcomes([row], *resolved.values(), first_row=17))
+    return list(outcomes([row], *resolved.values(), numbers=[17]))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def test_unpaired_becomes_kto() -> None:
     assert updates["rl"] == "kto"
     assert updates["trainer_cls"] == UNPAIRED_TRAINER
     assert updates["remove_unused_columns"] is False
-    assert updates["datasets"] == UNTOUCHED
+    (entry,) = updates["datasets"]
+    assert {key: getattr(entry, key) for key in UNTOUCHED[0]} == UNTOUCHED[0]
 
 
 def test_desugaring_twice_changes_nothing() -> None:

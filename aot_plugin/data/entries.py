@@ -1,0 +1,201 @@
+"""The entries under ``datasets:`` and ``test_datasets:``, checked and rewritten for the host."""
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from .options import LOADER_KEYS, plain
+
+LISTS = ("datasets", "test_datasets")
+
+
+def resolve_datasets(cfg: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    """The keys of a raw config that the host is to see in place of the user's.
+
+    Pure: neither the config nor its entries are changed. Entries of the host's own types keep what
+    they say, as instances of a class that the host's validation does not cut down
+    (``host_schema``). Entries of our types get a type that ends in a hash of all that the entry
+    says, so that the host's cache of prepared datasets, which hashes the type, is not reused after
+    a change of our options; their options go to ``aot_datasets`` under that hash.
+
+    Args:
+        mode: ``paired`` or ``unpaired``.
+
+    Raises:
+        ValueError: an unknown type or key, a missing, wrong or contradictory option; the message
+            names ``datasets[i].key``.
+    """
+    updates: dict[str, Any] = {}
+    options: dict[str, dict[str, Any]] = {}
+    for where in LISTS:
+        if cfg.get(where):
+            if not isinstance(cfg[where], list):
+                raise ValueError(f"`{where}: {cfg[where]}` is wrong: write a list of datasets")
+            updates[where], found = _resolve(cfg[where], mode, where, cfg)
+            options |= found
+    if options:
+        updates["aot_datasets"] = options
+    return updates
+
+
+def resolve_unpaired_datasets(
+    entries: Sequence[Any], where: str = "datasets"
+) -> tuple[list[Any], dict[str, dict[str, Any]]]:
+    """``resolve_datasets`` of one list of an unpaired run: the entries for the host, and the
+    options of ours by the key that their types end in."""
+    return _resolve(entries, "unpaired", where, {})
+
+
+def _resolve(
+    entries: Sequence[Any], mode: str, where: str, cfg: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, dict[str, Any]]]:
+    from .host_schema import SCHEMAS, kept_by_host
+
+    rewritten: list[Any] = []
+    options: dict[str, dict[str, Any]] = {}
+    for index, entry in enumerate(entries):
+        at = f"{where}[{index}]"
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"`{at}` must be a mapping with `path` and `type`, not {entry!r}")
+        host_entry = {key: value for key, value in plain(entry).items() if value is not None}
+        name = host_entry.get("type")
+        if mode == "unpaired" and name == "chat_template":
+            name = "chat_template.default"
+        if mode == "unpaired" and isinstance(name, str) and name in _strategies():
+            host_entry, resolved = _ours(host_entry, name, at)
+            options[_digest(resolved)] = resolved
+        else:
+            _check_host_type(name, mode, at)
+        _build(SCHEMAS[mode], host_entry, at)
+        _check_repeats(host_entry, at, where, cfg)
+        if where == "test_datasets":
+            _check_same_options(host_entry, index, cfg)
+        # The host does not cut down `test_datasets:`.
+        rewritten.append(kept_by_host(host_entry, mode) if where == "datasets" else host_entry)
+    return rewritten, options
+
+
+def _ours(entry: dict[str, Any], name: str, at: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An entry of our type for the host, and what ``aot_datasets`` keeps of it."""
+    source = {key: entry[key] for key in LOADER_KEYS if key in entry}
+    own = {k: v for k, v in entry.items() if k not in (*LOADER_KEYS, "type")}
+    if "path" not in source:
+        raise ValueError(f"`{at}.path` is missing")
+    _build(_strategies()[name].options, own, at)
+    resolved = {"strategy": name, "options": own, "source": source}
+    return {**source, "type": f"aot_plugin.unpaired_{_digest(resolved)}"}, resolved
+
+
+def _digest(resolved: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _check_repeats(entry: Mapping[str, Any], at: str, where: str, cfg: Mapping[str, Any]) -> None:
+    if entry.get("weight", 1) <= 1:
+        return
+    repeats = f"`{at}.weight: {entry['weight']:g}` repeats rows"
+    if where == "test_datasets":
+        raise ValueError(f"{repeats}: an evaluation counts each row once; write at most 1")
+    if cfg.get("dataset_exact_deduplication"):
+        raise ValueError(
+            f"{repeats}, and `dataset_exact_deduplication: true` would take them out again: keep "
+            "one of the two"
+        )
+    if cfg.get("val_set_size"):
+        raise ValueError(
+            f"{repeats}, and `val_set_size` would put copies of one row on both sides of the "
+            "split: write `test_datasets`, or a weight of at most 1"
+        )
+
+
+OPTION_KEYS = (
+    *("field_messages", "field_chosen", "field_rejected", "message_property_mappings", "roles"),
+    *("chat_template", "chat_template_jinja"),
+)
+"""What the host's preference types read of an entry besides a user-defined type."""
+
+
+def _check_same_options(entry: Mapping[str, Any], index: int, cfg: Mapping[str, Any]) -> None:
+    # The host's types read the options of `datasets[i]` for `test_datasets[i]` as well.
+    name, trained = entry.get("type"), cfg.get("datasets") or []
+    reads = isinstance(name, Mapping) or str(name).startswith(("chat_template", "user_defined"))
+    if not reads or not trained:
+        return
+    other = trained[index] if index < len(trained) else {}
+    keys = (*OPTION_KEYS, *(["type"] if isinstance(name, Mapping) else []))
+    different = [f"`{key}`" for key in keys if plain(entry.get(key)) != plain(other.get(key))]
+    if different or not other:
+        raise ValueError(
+            f"`test_datasets[{index}]`: Axolotl's types read it by the options of "
+            f"`datasets[{index}]`, which differs in {', '.join(different) or 'all'}: give both "
+            "lists the same order and options"
+        )
+
+
+def _strategies() -> dict[str, Any]:
+    from .strategy import strategies
+
+    return strategies()
+
+
+def _build(model: type[BaseModel], values: dict[str, Any], at: str) -> BaseModel:
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise ValueError(
+            "; ".join(_readable(problem, model, at) for problem in error.errors())
+        ) from None
+
+
+def _readable(problem: Any, model: type[BaseModel], at: str) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(dict.fromkeys((*LOADER_KEYS, *model.model_fields)))
+        return f"`{at}.{key}` is not an option of this entry's type; accepted are {known}"
+    if problem["type"] == "value_error":
+        return f"`{at}`: {problem['ctx']['error']}"
+    return f"`{at}.{key}: {problem['input']}` is wrong: {problem['msg']}"
+
+
+_HOST_MODULES = {
+    "paired": "axolotl.prompt_strategies.dpo",
+    "unpaired": "axolotl.prompt_strategies.kto",
+}
+
+
+def _check_host_type(name: Any, mode: str, at: str) -> None:
+    # A mapping is the host's user-defined type; no type at all means rows that are ready.
+    if not name or isinstance(name, Mapping):
+        return
+    base = _HOST_MODULES[mode]
+    module, _, function = (str(name) if "." in str(name) else f"{name}.default").rpartition(".")
+    for candidate in (f"{base}.{module}", module):
+        if _find(candidate) and hasattr(importlib.import_module(candidate), function):
+            return
+    ours = f"{', '.join(_strategies())}, " if mode == "unpaired" else ""
+    raise ValueError(
+        f"`{at}.type: {name}` is not a strategy for {mode} rows; accepted are {ours}the host's "
+        f"{', '.join(_host_types(base))}, a user-defined mapping, or `<module>.<function>`"
+    )
+
+
+def _find(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _host_types(base: str) -> Iterable[str]:
+    package = importlib.import_module(base)
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{base}.{info.name}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_"):
+                yield f"{info.name}.{name}"
