@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .head import token_logps
+from .prompts import SEQUENCE_KEY, probe, share_prompts
 
 
-def sequence_logps(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> Tensor:
+def sequence_logps(
+    model: nn.Module, head: nn.Module, batch: dict[str, Any], share: bool = False
+) -> Tensor:
     """log pi(completion | prompt) of each row: the sum over its completion tokens.
 
     Args:
@@ -19,20 +22,42 @@ def sequence_logps(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> 
             wrapped it (DDP, DeepSpeed and FSDP hook there).
         head: its output embedding (``model.get_output_embeddings()`` of the unwrapped model).
         batch: ``input_ids``, ``attention_mask``, ``completion_mask``, each [rows, width] int64.
+        share: encode a prompt that several rows have only once (see ``prompts``).
 
     Returns:
         [rows] float32, in nats; 0 for a row without completion tokens.
     """
-    logps, row_of_token = _token_logps(model, head, batch, None)
-    return logps.new_zeros(len(batch["input_ids"])).index_add(0, row_of_token, logps)
+    rows = len(batch["input_ids"])
+    logps, row_of_token = _token_logps(model, head, share_prompts(batch) if share else batch, None)
+    return logps.new_zeros(rows).index_add(0, row_of_token, logps)
 
 
 def weighted_logps_sum(
-    model: nn.Module, head: nn.Module, batch: dict[str, Any], weights: Tensor
+    model: nn.Module,
+    head: nn.Module,
+    batch: dict[str, Any],
+    weights: Tensor,
+    share: bool = False,
 ) -> Tensor:
     """sum(weights x ``sequence_logps``) for constant weights [rows] float32: the surrogate of the
     backward move, in a form that computes the logits once."""
-    return _token_logps(model, head, batch, weights)[0].sum()
+    return _token_logps(model, head, share_prompts(batch) if share else batch, weights)[0].sum()
+
+
+@torch.no_grad()
+def sharing_is_exact(
+    model: nn.Module, head: nn.Module, vocabulary: int, device: torch.device
+) -> bool:
+    """Whether the model honours mask and positions of shared prompts, seen on two sequences.
+
+    Only rounding may differ: a model that attends across completions, or counts positions by
+    itself, is off by far more in each of their tokens.
+    """
+    batch = {name: values.to(device) for name, values in probe(vocabulary).items()}
+    apart, shared = (sequence_logps(model, head, batch, share) for share in (False, True))
+    tokens = batch["completion_mask"].sum(dim=1)
+    half = torch.is_autocast_enabled(device.type) or next(model.parameters()).itemsize < 4
+    return bool(((apart - shared).abs() < (0.1 if half else 1e-3) * tokens).all())
 
 
 def _token_logps(
@@ -42,13 +67,20 @@ def _token_logps(
     targets_mask = batch["completion_mask"][:, 1:].bool()
     predicts = F.pad(targets_mask, (0, 1), value=False)
     targets = batch["input_ids"][:, 1:][targets_mask]
-    row_of_token = targets_mask.nonzero()[:, 0]
+    if SEQUENCE_KEY in batch:
+        row_of_token = batch[SEQUENCE_KEY][:, 1:][targets_mask]
+    else:
+        row_of_token = targets_mask.nonzero()[:, 0]
     token_weights = None if weights is None else weights[row_of_token]
 
+    inputs = {
+        name: batch[name]
+        for name in ("input_ids", "attention_mask", "position_ids")
+        if name in batch
+    }
+
     def forward() -> Tensor:
-        return model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
+        return model(**inputs, use_cache=False).logits
 
     # An adapter on the head, or a forward that somebody else has exchanged, is left alone.
     if (

@@ -1,7 +1,8 @@
 """The sequences of an optimizer step, freed from the micro-batches in which they came.
 
 After the transport move every sequence has a fixed weight of its own, so any regrouping into
-micro-batches gives the same gradient. Grouping by length removes most of the padding.
+micro-batches gives the same gradient. Grouping by length removes most of the padding, and keeping
+the sequences of a prompt together lets the prompt be encoded once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .prompts import distinct_prompts, unpadded
+
 WEIGHT_KEY = "aot_weight"
 """Key of a collated batch that holds dL/dlogp of its sequences."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Unpadded rows: ``input_ids`` and ``completion_mask`` are lists of [length] int64 tensors."""
+    """Unpadded rows: ``input_ids`` and ``completion_mask`` are lists of [length] int64 tensors, in
+    the CPU's memory, where taking them apart waits for no kernel."""
 
     input_ids: list[Tensor]
     completion_mask: list[Tensor]
@@ -29,17 +33,11 @@ class Sequences:
     @classmethod
     def from_batches(cls, batches: Sequence[dict[str, Any]]) -> "Sequences":
         """The rows of the host's collated batches, in order, with their padding removed."""
-        rows = [
-            (ids[keep], completion[keep])
-            for batch in batches
-            for ids, completion, keep in zip(
-                batch["input_ids"],
-                batch["completion_mask"],
-                batch["attention_mask"].bool(),
-                strict=True,
-            )
-        ]
-        return cls([ids for ids, _ in rows], [completion for _, completion in rows])
+        parts = [unpadded(batch) for batch in batches]
+        return cls(
+            [row for ids, _ in parts for row in ids],
+            [row for _, completion in parts for row in completion],
+        )
 
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.input_ids]
@@ -49,6 +47,20 @@ class Sequences:
         a run that is going to exhaust it does so at once."""
         lengths = self.lengths()
         return sorted(range(len(self)), key=lambda row: -lengths[row])
+
+    def by_prompt(self) -> list[int]:
+        """Row numbers with those of equal prompt side by side, from the prompt with the most tokens
+        (its own, once, and those of its completions) to that with the fewest."""
+        lengths = self.lengths()
+
+        def tokens(prompt: tuple[int, list[int]]) -> int:
+            prompt_length, rows = prompt
+            return prompt_length + sum(lengths[row] - prompt_length for row in rows)
+
+        prompts = sorted(
+            distinct_prompts(self.input_ids, self.completion_mask), key=tokens, reverse=True
+        )
+        return [row for _, rows in prompts for row in rows]
 
     def collate(self, rows: Sequence[int], pad_token_id: int, multiple: int = 1) -> dict[str, Any]:
         """A right-padded batch of these rows, its width rounded up to a multiple."""

@@ -33,8 +33,9 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from .data import prepare_tokens, without_doubled_bos
-from .logps import sequence_logps, weighted_logps_sum
+from .logps import sequence_logps, sharing_is_exact, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
+from .prompts import may_share_prompts
 from .registry import lookup
 from .report import Scores, log_figure_to_loggers, record_evaluation
 from .report.dominance import dominance_statistics
@@ -68,6 +69,8 @@ class AOTTrainerMixin(Trainer):
     _name = "AOT"
     _paper = PAPER
 
+    # Known before construction ends: TRL precomputes reference log-probabilities there.
+    _sharing: bool | None = None
     _step_class: type[PairedLogps] | type[UnpairedLogps]
     _sequences_per_row: int
 
@@ -171,26 +174,54 @@ class AOTTrainerMixin(Trainer):
 
     def _weigh(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Moves 1 and 2 for a step of several micro-batches."""
-        sequences = Sequences.from_batches(batches)
-        groups = list(split_evenly(sequences.by_length(), len(batches)))
         self.model_wrapped.train()  # as in the backward pass: both must see the same network
+        sequences = Sequences.from_batches(batches)
+        order = (
+            sequences.by_prompt()
+            if self._shares_prompts(self.model_wrapped)
+            else sequences.by_length()
+        )
+        groups = list(split_evenly(order, len(batches)))
+        micro_batches = [self._collate(sequences, rows) for rows in groups]
         logps = torch.empty(len(sequences), device=self.args.device)
         ref_logps = torch.empty_like(logps)
-        for rows in groups:
-            batch = self._collate(sequences, rows)
-            with self._no_grad():
-                logps[rows] = self._policy_logps(self.model_wrapped, batch)
+        for rows, batch in zip(groups, micro_batches, strict=True):
             if not self.precompute_ref_logps:
                 ref_logps[rows] = self._reference_logps(self.model_wrapped, batch)
+            with self._no_grad():
+                logps[rows] = self._policy_logps(self.model_wrapped, batch)
         if self.precompute_ref_logps:
             ref_logps = torch.cat([self._cached_ref_logps(batch) for batch in batches])
         labels = torch.cat([self._labels(batch) for batch in batches])
         weights = self._transport(logps, ref_logps, labels)
-        return [{**self._collate(sequences, rows), WEIGHT_KEY: weights[rows]} for rows in groups]
+        for rows, batch in zip(groups, micro_batches, strict=True):
+            batch[WEIGHT_KEY] = weights[rows]
+        return micro_batches
 
     def _collate(self, sequences: Sequences, rows: Any) -> dict[str, Any]:
         multiple = getattr(self.data_collator, "pad_to_multiple_of", None) or 1
-        return sequences.collate(rows, self._tokenizer.pad_token_id, multiple)
+        batch = sequences.collate(rows, self._tokenizer.pad_token_id, multiple)
+        return {name: values.to(self.args.device) for name, values in batch.items()}
+
+    def _shares_prompts(self, model: nn.Module) -> bool:
+        """Whether sequences with one prompt may encode it once; settled by the first ``model``,
+        the policy or the reference, that is about to score any."""
+        if self._sharing is None:
+            unwrapped = self.accelerator.unwrap_model(model)
+            self._sharing = may_share_prompts(unwrapped, self.args.max_length)
+            if self._sharing:
+                with self._no_grad():
+                    self._sharing = sharing_is_exact(
+                        model,
+                        unwrapped.get_output_embeddings(),
+                        unwrapped.config.get_text_config().vocab_size,
+                        self.args.device,
+                    )
+            LOG.info(
+                "a prompt with several completions is encoded %s",
+                "once for all of them" if self._sharing else "anew for each of them",
+            )
+        return self._sharing
 
     @contextlib.contextmanager
     def _no_grad(self) -> Iterator[None]:
@@ -202,7 +233,8 @@ class AOTTrainerMixin(Trainer):
             yield
 
     def _policy_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        return sequence_logps(model, self.model.get_output_embeddings(), batch)
+        head = self.model.get_output_embeddings()
+        return sequence_logps(model, head, batch, self._shares_prompts(model))
 
     def _reference_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities under the frozen reference: the loaded reference model, or the policy
@@ -210,7 +242,8 @@ class AOTTrainerMixin(Trainer):
         with self._no_grad():
             if self.ref_model is not None:
                 unwrapped = self.accelerator.unwrap_model(self.ref_model)
-                return sequence_logps(self.ref_model, unwrapped.get_output_embeddings(), batch)
+                head = unwrapped.get_output_embeddings()
+                return sequence_logps(self.ref_model, head, batch, self._shares_prompts(model))
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapters = getattr(unwrapped, "peft_config", None)
             if adapters is None:  # the precomputing pass of full fine-tuning: before step 1
@@ -272,7 +305,8 @@ class AOTTrainerMixin(Trainer):
         """The surrogate whose gradient is the step's: sum of weight x logp(theta)."""
         if WEIGHT_KEY in inputs:
             head = self.model.get_output_embeddings()
-            return weighted_logps_sum(model, head, inputs, inputs[WEIGHT_KEY])
+            weights = inputs[WEIGHT_KEY]
+            return weighted_logps_sum(model, head, inputs, weights, self._shares_prompts(model))
         logps = self._policy_logps(model, inputs)
         if self.precompute_ref_logps:
             ref_logps = self._cached_ref_logps(inputs)
