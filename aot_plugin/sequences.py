@@ -18,6 +18,9 @@ from .prompts import distinct_prompts, unpadded
 WEIGHT_KEY = "aot_weight"
 """Key of a collated batch that holds dL/dlogp of its sequences."""
 
+LOGPS_KEY = "aot_logps"
+"""Key of a collated batch that was scored with gradient: the log-probabilities, with graph."""
+
 
 @dataclass(frozen=True)
 class Sequences:

@@ -40,7 +40,7 @@ from .registry import lookup
 from .report import Scores, log_figure_to_loggers, record_evaluation
 from .report.dominance import dominance_statistics
 from .sampler import StratifiedSampler
-from .sequences import WEIGHT_KEY, Sequences, split_evenly
+from .sequences import LOGPS_KEY, WEIGHT_KEY, Sequences, split_evenly
 from .transport import recoupled_fraction
 
 LOG = get_logger(__name__)
@@ -185,11 +185,16 @@ class AOTTrainerMixin(Trainer):
         micro_batches = [self._collate(sequences, rows) for rows in groups]
         logps = torch.empty(len(sequences), device=self.args.device)
         ref_logps = torch.empty_like(logps)
-        for rows, batch in zip(groups, micro_batches, strict=True):
+        for rows, batch in zip(reversed(groups), reversed(micro_batches), strict=True):
             if not self.precompute_ref_logps:
                 ref_logps[rows] = self._reference_logps(self.model_wrapped, batch)
-            with self._no_grad():
-                logps[rows] = self._policy_logps(self.model_wrapped, batch)
+            if batch is micro_batches[0] and self._keeps_graph():
+                with self.compute_loss_context_manager():
+                    batch[LOGPS_KEY] = self._policy_logps(self.model_wrapped, batch)
+                logps[rows] = batch[LOGPS_KEY].detach()
+            else:
+                with self._no_grad():
+                    logps[rows] = self._policy_logps(self.model_wrapped, batch)
         if self.precompute_ref_logps:
             ref_logps = torch.cat([self._cached_ref_logps(batch) for batch in batches])
         labels = torch.cat([self._labels(batch) for batch in batches])
@@ -202,6 +207,16 @@ class AOTTrainerMixin(Trainer):
         multiple = getattr(self.data_collator, "pad_to_multiple_of", None) or 1
         batch = sequences.collate(rows, self._tokenizer.pad_token_id, multiple)
         return {name: values.to(self.args.device) for name, values in batch.items()}
+
+    def _keeps_graph(self) -> bool:
+        """Whether the micro-batch that is scored last is scored with gradient, and so needs no
+        second forward pass. Its backward pass comes next, so no two graphs are held at once.
+
+        Not where a wrapper counts forward and backward passes (DDP, DeepSpeed, FSDP), nor where
+        the host's training step moves activations out of the way.
+        """
+        offloads = getattr(self.args, "activation_offloading", False)
+        return self.model_wrapped is self.model and not offloads
 
     def _shares_prompts(self, model: nn.Module) -> bool:
         """Whether sequences with one prompt may encode it once; settled by the first ``model``,
@@ -303,6 +318,8 @@ class AOTTrainerMixin(Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """The surrogate whose gradient is the step's: sum of weight x logp(theta)."""
+        if LOGPS_KEY in inputs:
+            return (inputs[WEIGHT_KEY] * inputs[LOGPS_KEY]).sum()
         if WEIGHT_KEY in inputs:
             head = self.model.get_output_embeddings()
             weights = inputs[WEIGHT_KEY]
