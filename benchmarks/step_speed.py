@@ -3,8 +3,9 @@
 The peer is what Axolotl reaches today: `rl: dpo` with `dpo_loss_type: [aot]` for pairs, `rl: kto`
 for labelled rows. Both trainers are built by the host, from one YAML with other `rl` keys: the same
 model, rows, effective batch, precision and threads. Then they take turns, step by step, so that a
-busy machine disturbs both. `--chunked` measures TRL's chunked log-probabilities (what
-`dpo_use_liger_kernel` selects) without liger's own model patch: its Triton kernels need a GPU.
+busy machine disturbs both; the ratio of processor time is hardly disturbed at all. `--chunked`
+measures TRL's chunked log-probabilities (what `dpo_use_liger_kernel` selects) without liger's own
+model patch: its Triton kernels need a GPU.
 
     python benchmarks/step_speed.py --micro 2 --accumulation 8 --rows short
     python benchmarks/step_speed.py --help
@@ -28,6 +29,7 @@ from typing import Any
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -131,27 +133,29 @@ def build(path: Path, chunked: bool) -> Any:
     return trainer
 
 
-def step(trainer: Any) -> float:
-    """Seconds of one optimizer step, from fetching its rows to the update."""
+def step(trainer: Any) -> tuple[float, float]:
+    """Seconds of one optimizer step, from fetching its rows to the update: by the clock, and of
+    processor time."""
     from transformers import TrainerCallback
 
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
     fetch = type(trainer).get_batch_samples
 
     def timed_fetch(*args: Any) -> Any:
-        times.append(time.perf_counter())
+        times.append((time.perf_counter(), time.process_time()))
         return fetch(trainer, *args)
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            times.append(time.perf_counter())
+            times.append((time.perf_counter(), time.process_time()))
 
     clock = Clock()
     trainer.get_batch_samples = timed_fetch
     trainer.add_callback(clock)
     trainer.train()
     trainer.remove_callback(clock)
-    return times[1] - times[0]
+    (clock_start, cpu_start), (clock_end, cpu_end) = times
+    return clock_end - clock_start, cpu_end - cpu_start
 
 
 def peak_memory(trainer: Any) -> tuple[int, int]:
@@ -205,7 +209,7 @@ def main() -> None:
         }
         for trainer in trainers.values():
             step(trainer)  # warm-up
-        seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        seconds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
         for _ in range(args.turns):
             for variant, trainer in trainers.items():
                 seconds[variant].append(step(trainer))
@@ -221,7 +225,8 @@ def main() -> None:
         )
         line = next(line for line in done.stdout.splitlines() if line.startswith("MEMORY "))
         memory[variant] = json.loads(line.removeprefix("MEMORY "))
-    ratios = [b / a for a, b in zip(seconds["peer"], seconds["ours"], strict=True)]
+    turns = list(zip(seconds["peer"], seconds["ours"], strict=True))
+    ratios, cpu_ratios = ([ours[i] / peer[i] for peer, ours in turns] for i in (0, 1))
     added = {variant: peak - before for variant, (before, peak) in memory.items()}
     result = {
         "mode": args.mode,
@@ -231,9 +236,11 @@ def main() -> None:
         "peer": "chunked" if args.chunked else "default",
         "cached_reference": args.precompute,
         "checkpointing": args.checkpointing,
-        "seconds": {v: round(statistics.median(s), 2) for v, s in seconds.items()},
+        "threads": torch.get_num_threads(),
+        "seconds": {v: round(statistics.median(c for c, _ in s), 2) for v, s in seconds.items()},
         "time_ratio": round(statistics.median(ratios), 3),
         "time_ratios": [round(ratio, 3) for ratio in ratios],
+        "cpu_ratio": round(statistics.median(cpu_ratios), 3),
         "peak_mb": {v: round(peak / 2**20) for v, (_, peak) in memory.items()},
         "peak_ratio": round(memory["ours"][1] / memory["peer"][1], 3),
         "step_mb": {v: round(size / 2**20) for v, size in added.items()},
