@@ -22,6 +22,7 @@ class ConversationOptions(BaseModel):
     field_messages: str = "messages"
     field_prompt: str = "prompt"
     field_system: str = "system"
+    field_tools: str = "tools"
     system_prompt: str | None = None
     message_property_mappings: dict[str, str] = Field(default_factory=dict)
     roles: dict[str, list[str]] = {

@@ -10,6 +10,8 @@ from .options import ConversationOptions
 from .rows import Example, Turn
 from .tokens import special_tokens
 
+Tools = list[dict[str, Any]] | None
+
 
 class Renderer:
     """Renders examples with the chat template that the entry, else the config, chooses."""
@@ -21,23 +23,28 @@ class Renderer:
         self._kwargs = cfg.get("chat_template_kwargs") or {}
         self._choice = extract_chat_template_args(cfg=cfg, ds_cfg=options.model_dump())
         self._special = tuple(special_tokens(tokenizer).values())
-        self._last: tuple[list[Turn], str] | None = None
+        self._last: tuple[tuple[list[Turn], Tools], str] | None = None
 
     @cached_property
     def _template(self) -> str:
         choice, jinja = self._choice
         return get_chat_template(choice, jinja_template=jinja, tokenizer=self._tokenizer)
 
-    def _apply(self, turns: list[Turn], **kwargs: Any) -> str:
+    def _apply(self, turns: list[Turn], tools: Tools, **kwargs: Any) -> str:
+        # Without tools the argument is left out: a config's `chat_template_kwargs` may name some.
+        given = {"tools": tools} if tools else {}
         return self._tokenizer.apply_chat_template(
-            turns, chat_template=self._template, tokenize=False, **self._kwargs, **kwargs
+            turns,
+            chat_template=self._template,
+            tokenize=False,
+            **{**self._kwargs, **given, **kwargs},
         )
 
-    def prompt(self, turns: list[Turn]) -> str:
+    def prompt(self, turns: list[Turn], tools: Tools = None) -> str:
         """The prompt up to and with the generation prompt."""
         # The responses of one row follow each other and share their prompt.
-        if self._last is None or self._last[0] != turns:
-            self._last = turns, self._apply(turns, add_generation_prompt=True)
+        if self._last is None or self._last[0] != (turns, tools):
+            self._last = (turns, tools), self._apply(turns, tools, add_generation_prompt=True)
         return self._last[1]
 
     def __call__(self, example: Example) -> tuple[str, str]:
@@ -49,8 +56,8 @@ class Renderer:
         Raises:
             ValueError: if the template does not render the completion's text.
         """
-        prompt = self.prompt(example.prompt)
-        whole = self._apply([*example.prompt, example.completion])
+        prompt = self.prompt(example.prompt, example.tools)
+        whole = self._apply([*example.prompt, example.completion], example.tools)
         if whole.startswith(prompt):
             completion = whole[len(prompt) :]
         else:
@@ -58,10 +65,10 @@ class Renderer:
             # of a finished turn. Keep the prompt as in serving, and go on from the text.
             text = example.completion["content"].strip()
             start = whole.rfind(text)
-            if start < 0:
+            if start < 0 or example.completion.get("tool_calls"):
                 raise ValueError(
                     "the chat template renders neither the generation prompt before the last turn "
-                    f"nor its text as it stands: {text[:60]!r}"
+                    f"nor its text alone and as it stands: {text[:60]!r}"
                 )
             completion = whole[start:]
         stripped = completion.rstrip()

@@ -6,6 +6,7 @@ or turns whose last one is the assistant's; turns that open with the user or the
 conversation and bring their own prompt.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Example:
     prompt: list[Turn]
     completion: Turn
     label: bool
+    tools: list[dict[str, Any]] | None = None
 
 
 Outcome = Example | Drop
@@ -105,11 +107,10 @@ def example(
     turns = _with_system(row, turns, options)
     if len(turns) < 2 or turns[-1]["role"] != "assistant" or turns[-2]["role"] == "assistant":
         return Drop.EMPTY
-    if not turns[-1]["content"].strip() or not any(
-        turn["content"].strip() for turn in turns[:-1] if turn["role"] != "system"
-    ):
+    asked = any(turn["content"].strip() for turn in turns[:-1] if turn["role"] != "system")
+    if not asked or not (turns[-1]["content"].strip() or turns[-1].get("tool_calls")):
         return Drop.EMPTY
-    return Example(turns[:-1], turns[-1], label)
+    return Example(turns[:-1], turns[-1], label, _tools(row, options))
 
 
 def cell(row: Row, field: str) -> Any:
@@ -193,10 +194,10 @@ def _from_transcript(text: str) -> list[Turn]:
 
 
 def _turn(message: Any, options: ConversationOptions) -> Turn:
+    """A message with all its properties: templates look for reasoning, tool calls, names, ..."""
     mapping = options.message_property_mappings
-    if not isinstance(message, Mapping) or not {mapping["role"], mapping["content"]} <= set(
-        message
-    ):
+    named = isinstance(message, Mapping) and mapping["role"] in message
+    if not named or not (mapping["content"] in message or message.get("tool_calls")):
         raise RowError(
             f"{_short(message)} is not a turn with `{mapping['role']}` and `{mapping['content']}`; "
             "set `message_property_mappings`"
@@ -205,14 +206,43 @@ def _turn(message: Any, options: ConversationOptions) -> Turn:
     targets = {name: role for role, names in options.roles.items() for name in names}
     if source not in targets:
         raise RowError(f"role {source!r} is unknown; known are {', '.join(targets)}: set `roles`")
-    content = message[mapping["content"]]
+    content = message.get(mapping["content"])
     if not isinstance(content, str | None):
         raise RowError(f"{_short(content)} is not the text of a turn")
     turn = {"role": targets[source], "content": content or ""}
-    for name, field in mapping.items():
+    sources = set(mapping.values())
+    further = {name: name for name in message if name not in sources} | mapping
+    for name, field in further.items():
         if name not in turn and message.get(field) is not None:
-            turn[name] = message[field]
+            turn[name] = without_nulls(message[field])
     return turn
+
+
+def without_nulls(value: Any) -> Any:
+    """Nested values without the members that are null: in a column of structs a dataset fills in
+    those of other rows, and a template would print them."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def _tools(row: Row, options: ConversationOptions) -> list[dict[str, Any]] | None:
+    required = "field_tools" in explicit(options)
+    tools = cell(row, options.field_tools) if required else row.get(options.field_tools)
+    if isinstance(tools, str):  # many sets keep them as JSON
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise RowError(
+                f"`{options.field_tools}`: {_short(tools)} is not JSON: {error}"
+            ) from None
+    else:
+        tools = without_nulls(tools)
+    if tools and not (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
+        raise RowError(f"`{options.field_tools}`: {_short(tools)} is not a list of tools")
+    return tools or None
 
 
 def _prompt(row: Row, options: ConversationOptions) -> list[Turn]:

@@ -241,6 +241,21 @@ def test_listwise_in_columns():
             {},
             "is not the text of a turn",
         ),
+        (
+            {"prompt": "Hi", "completion": "Hello.", "label": True, "tools": "{"},
+            {},
+            "row 17: `tools`: '{' is not JSON",
+        ),
+        (
+            {"prompt": "Hi", "completion": "Hello.", "label": True, "tools": ["clock"]},
+            {},
+            "row 17: `tools`: ['clock'] is not a list of tools",
+        ),
+        (
+            {"prompt": "Hi", "completion": "Hello.", "label": True},
+            {"field_tools": "functions"},
+            "there is no column `functions`",
+        ),
     ],
 )
 def test_errors_name_dataset_row_field_and_value(row, options, message):

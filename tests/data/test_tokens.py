@@ -1,11 +1,17 @@
 """The tokens that are trained on are those that the tokenizer's own chat template renders."""
 
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from data_helpers import FAMILIES
+from data_helpers import FAMILIES, write_rows
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoTokenizer
 
 from aot_plugin.data import prepare_tokens, resolve_unpaired_datasets
+from aot_plugin.data.loading import load_datasets
 from aot_plugin.data.strategy import FEATURES, transform_for
 
 SYSTEM = {"role": "system", "content": "Answer in one word."}
@@ -116,3 +122,114 @@ def test_mixed_with_rows_of_the_hosts_strategies(family, model_dir, trl_prepare)
         assert of_ours[name] == alone[name]
     assert of_host["prompt_ids"] == [[tokenizer.bos_token_id, *ids] for ids in alone["prompt_ids"]]
     assert of_host["completion_ids"] == alone["completion_ids"]
+
+
+THINKING = """{%- if tools %}{{ '<|im_start|>system\\n# Tools\\n' }}
+{%- for tool in tools %}{{ tool | tojson + '\\n' }}{%- endfor %}{{ '<|im_end|>\\n' }}{%- endif %}
+{%- for turn in messages %}
+  {{- '<|im_start|>' + turn['role'] + '\\n' }}
+  {%- if turn['role'] == 'assistant' and turn['reasoning_content'] and loop.last %}
+    {{- '<think>\\n' + turn['reasoning_content'] + '\\n</think>\\n\\n' }}
+  {%- endif %}
+  {{- turn['content'] }}
+  {%- for call in turn['tool_calls'] or [] %}
+    {{- '<tool_call>\\n' + call['function'] | tojson + '\\n</tool_call>' }}
+  {%- endfor %}
+  {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
+  {%- if open_thinking %}{{- '<think>\\n' }}{%- endif %}
+{%- endif %}"""
+"""A template of Qwen's kind: tools, tool calls, and the reasoning of the last turn."""
+
+
+def tool(name, **properties):
+    parameters = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def call(name, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+WEATHER = tool("weather", city={"type": "string"})
+CLOCK = tool("clock", zone={"type": "integer", "enum": [0, 1]})
+ASKED = {"role": "user", "content": "How warm is it in Rome?"}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [call("weather", city="Rome")]}
+ANSWERED = {"role": "tool", "content": "21"}
+TOOL_ROWS = [
+    # The call itself is the completion; it has no text.
+    {"messages": [ASKED, CALLED], "tools": [WEATHER]},
+    {
+        "messages": [
+            ASKED,
+            CALLED | {"reasoning_content": "Look it up."},
+            ANSWERED,
+            {"role": "assistant", "content": "21 °C.", "reasoning_content": "It says 21."},
+        ],
+        "tools": [WEATHER, CLOCK],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "What time is it?"},
+            CALLED | {"reasoning_content": "A clock.", "tool_calls": [call("clock", zone=1)]},
+        ],
+        "tools": [CLOCK],
+    },
+    {"messages": [ASKED, {"role": "assistant", "content": "Warm."}], "tools": None},
+]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "tools as JSON", "parquet"])
+def test_tools_and_reasoning_are_rendered(form, model_dir, config, tmp_path):
+    """Through the host's loading of a file; Parquet's columns of structs give the rows each other's
+    members, as null."""
+    rows = [row | {"label": n % 2 == 0} for n, row in enumerate(TOOL_ROWS)]
+    if form == "tools as JSON":
+        rows = [row | {"tools": json.dumps(row["tools"])} for row in rows]
+    path = str(tmp_path / f"rows.{form}")
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        write_rows(Path(path), rows)
+    entry = {
+        "path": path,
+        "type": "chat_template.default",
+        "chat_template_jinja": THINKING,
+    }
+    cfg = config([entry], "smollm2", skip_prepare_dataset=True, sequence_len=2048)
+    prepared = prepare_tokens(load_datasets(cfg).train_dataset, never, max_length=2048)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir("smollm2"))
+    assert len(prepared) == len(TOOL_ROWS)
+    for row, source in zip(prepared, TOOL_ROWS, strict=True):
+        given = {"tools": source["tools"], "chat_template": THINKING}
+        turns = source["messages"]
+        prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, **given)
+        whole = tokenizer.apply_chat_template(turns, **given)["input_ids"]
+        text = tokenizer.decode(whole)
+        assert ("# Tools" in text) == bool(source["tools"])
+        assert row["prompt_ids"] == prompt["input_ids"]
+        trained = row["prompt_ids"] + row["completion_ids"]
+        assert trained == whole[: len(trained)]
+        assert tokenizer.decode(whole[len(trained) :]) == "\n"
+
+
+def test_a_reasoning_block_that_the_generation_prompt_has_opened(model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir("smollm2"))
+    resolved = {"strategy": "chat_template.default", "source": {"path": "rows"}}
+    options = {"chat_template_jinja": THINKING}
+    template = {"chat_template_kwargs": {"open_thinking": True}}
+    transform = transform_for(template, resolved | {"options": options})
+    reasoned = ANSWERED | {"role": "assistant", "reasoning_content": "It says 21."}
+    for last, completion in (
+        (reasoned, "It says 21.\n</think>\n\n21<|im_end|>"),
+        (reasoned | {"reasoning_content": None}, "21<|im_end|>"),
+    ):
+        batch = {"messages": [[ASKED, last]], "label": [True]}
+        row = transform(batch, tokenizer=tokenizer)
+        assert row["prompt"][0].endswith("<|im_start|>assistant\n<think>\n")
+        assert row["completion"] == [completion]
+    # Without the generation prompt before it, a call has no text to go on from.
+    batch = {"messages": [[ASKED, CALLED]], "label": [True]}
+    with pytest.raises(ValueError, match="renders neither the generation prompt"):
+        transform(batch, tokenizer=tokenizer)
