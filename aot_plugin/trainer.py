@@ -32,7 +32,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from .data import prepare_tokens, without_doubled_bos
+from .data import prepare_text_rows, prepare_tokens
 from .logps import sequence_logps, sharing_is_exact, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
 from .prompts import may_share_prompts
@@ -137,15 +137,18 @@ class AOTTrainerMixin(Trainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
-        """TRL's tokens, with one begin-of-sequence token where it writes two."""
+        """TRL's tokens, with one begin and one end where it writes two."""
         # TRL looks at any one column to tell chat rows from text, so a leftover `messages` column
         # of the raw rows would make it guess.
         if "messages" in dataset.column_names:
             dataset = dataset.remove_columns("messages")
-        dataset = super()._prepare_dataset(  # type: ignore[misc]  # TRL has it, not Trainer
-            dataset, processing_class, args, dataset_name
+        prepare = super()._prepare_dataset  # type: ignore[misc]  # TRL has it, not Trainer
+        return prepare_text_rows(
+            dataset,
+            lambda rows: prepare(rows, processing_class, args, dataset_name),
+            self._tokenizer,
+            args.dataset_num_proc,
         )
-        return without_doubled_bos(dataset, self._tokenizer, args.dataset_num_proc)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's, with one cache file for all ranks. The rank that prepared the data holds them in

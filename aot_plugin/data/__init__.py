@@ -22,13 +22,13 @@ of ours is rewritten before the host validates it (``resolve_datasets``): its op
 from .accounting import check_labels
 from .entries import resolve_datasets, resolve_unpaired_datasets
 from .strategy import strategy_factory
-from .tokens import prepare_tokens, without_doubled_bos
+from .tokens import prepare_text_rows, prepare_tokens
 
 __all__ = [
     "check_labels",
+    "prepare_text_rows",
     "prepare_tokens",
     "resolve_datasets",
     "resolve_unpaired_datasets",
     "strategy_factory",
-    "without_doubled_bos",
 ]

@@ -89,18 +89,65 @@ def _has_room(example: dict[str, Any], max_length: int) -> bool:
     return len(example["prompt_ids"]) < max_length
 
 
-def without_doubled_bos(dataset: Dataset, tokenizer: Any, num_proc: int | None = None) -> Dataset:
-    """Prompts that begin with one begin-of-sequence token where TRL has put two.
+COMPLETIONS = ("completion", "chosen", "rejected")
+"""Text columns that TRL ends with the end-of-sequence token; their ids are in ``<name>_ids``."""
 
-    The host's strategies render strings that begin with it, and TRL lets the tokenizer add its own.
-    (The host's trainer means to mend that in a method that this TRL no longer calls.)
+
+def prepare_text_rows(
+    dataset: Dataset,
+    prepare: Callable[[Dataset], Dataset],
+    tokenizer: Any,
+    num_proc: int | None = None,
+) -> Dataset:
+    """TRL's tokens for rows of text, in both modes, with one begin and one end.
+
+    The host's strategies render strings that may begin with the begin-of-sequence token, and TRL
+    lets the tokenizer add its own. (The host's trainer means to mend that in a method that this TRL
+    no longer calls.) And to strings that end their turn with another special token TRL appends the
+    end-of-sequence token, which no model that ends its turns so would generate.
+
+    Args:
+        prepare: TRL's own preparation.
     """
-    bos = tokenizer.bos_token_id
+    ended = _ended_otherwise(dataset, tokenizer)
+    for name, rows in ended.items():
+        dataset = dataset.add_column(_flag(name), rows)
+    dataset = prepare(dataset)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is None or tokenizer("")["input_ids"][:1] != [bos]:
+        bos = None
+    if bos is None and not ended:
         return dataset
-    return dataset.map(_drop_second, fn_kwargs={"bos": bos}, num_proc=num_proc)
+    mend = {"bos": bos, "eos": eos, "names": list(ended)}
+    dataset = dataset.map(_mend, fn_kwargs=mend, num_proc=num_proc)
+    return dataset.remove_columns([_flag(name) for name in ended])
 
 
-def _drop_second(example: dict[str, Any], bos: int) -> dict[str, Any]:
+def _ended_otherwise(dataset: Dataset, tokenizer: Any) -> dict[str, list[bool]]:
+    """By column with any such text: whether a text ends with a special token that is not eos."""
+    eos = tokenizer.eos_token
+    ends = tuple(text for text in special_tokens(tokenizer).values() if text != eos)
+    columns = [name for name in COMPLETIONS if name in dataset.column_names]
+    found: dict[str, list[bool]] = {name: [] for name in columns}
+    for batch in dataset.select_columns(columns).iter(1000):
+        for name, texts in batch.items():
+            found[name] += [isinstance(text, str) and text.endswith(ends) for text in texts]
+    return {name: rows for name, rows in found.items() if any(rows)}
+
+
+def _flag(name: str) -> str:
+    return f"aot_{name}_ended"
+
+
+def _mend(
+    example: dict[str, Any], bos: int | None, eos: int | None, names: list[str]
+) -> dict[str, Any]:
+    mended: dict[str, Any] = {}
     ids = example["prompt_ids"]
-    return {"prompt_ids": ids[1:] if ids[:2] == [bos, bos] else ids}
+    if bos is not None and ids[:2] == [bos, bos]:
+        mended["prompt_ids"] = ids[1:]
+    for name in names:
+        ids = example[f"{name}_ids"]
+        if example[_flag(name)] and ids[-1:] == [eos]:
+            mended[f"{name}_ids"] = ids[:-1]
+    return mended

@@ -11,7 +11,7 @@ from axolotl.utils.dict import DictDefault
 from data_helpers import SMOLLM2, make_tokenizer
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from trl import KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 
 @pytest.fixture(scope="session")
@@ -75,25 +75,33 @@ def config(model_dir, tmp_path):
 
 @pytest.fixture
 def trl_prepare(model_dir, tmp_path):
-    """``trl_prepare(family)``: how TRL's KTO trainer prepares a dataset."""
+    """``trl_prepare(family)``: how TRL's KTO trainer (or, ``paired``, its DPO trainer) prepares a
+    dataset."""
 
-    def prepare(family: str) -> Callable[[Dataset], Dataset]:
+    def prepare(
+        family: str, paired: bool = False, eos_token: str | None = None
+    ) -> Callable[[Dataset], Dataset]:
         folder = model_dir(family)
+        common = {
+            "output_dir": str(tmp_path / "trl"),
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+        }
 
         def run(dataset: Dataset) -> Dataset:
-            trainer = KTOTrainer(
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            if eos_token:
+                tokenizer.eos_token = eos_token
+            make, args = DPOTrainer, DPOConfig(**common)
+            if not paired:
+                make, args = KTOTrainer, KTOConfig(loss_type="apo_zero_unpaired", **common)
+            return make(
                 model=LlamaForCausalLM.from_pretrained(folder),
-                processing_class=AutoTokenizer.from_pretrained(folder),
-                args=KTOConfig(
-                    output_dir=str(tmp_path / "kto"),
-                    loss_type="apo_zero_unpaired",
-                    report_to="none",
-                    use_cpu=True,
-                    bf16=False,
-                ),
+                processing_class=tokenizer,
+                args=args,
                 train_dataset=dataset,
-            )
-            return trainer.train_dataset
+            ).train_dataset
 
         return run
 

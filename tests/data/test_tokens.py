@@ -10,7 +10,7 @@ from data_helpers import FAMILIES, write_rows
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoTokenizer
 
-from aot_plugin.data import prepare_tokens, resolve_unpaired_datasets
+from aot_plugin.data import prepare_text_rows, prepare_tokens, resolve_unpaired_datasets
 from aot_plugin.data.loading import load_datasets
 from aot_plugin.data.strategy import FEATURES, transform_for
 
@@ -122,6 +122,34 @@ def test_mixed_with_rows_of_the_hosts_strategies(family, model_dir, trl_prepare)
         assert of_ours[name] == alone[name]
     assert of_host["prompt_ids"] == [[tokenizer.bos_token_id, *ids] for ids in alone["prompt_ids"]]
     assert of_host["completion_ids"] == alone["completion_ids"]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_text_rows_have_one_begin_and_one_end(paired, model_dir, trl_prepare):
+    """Rows as the host's strategies render them, prepared by TRL itself."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir("chatml"))
+    tokenizer.eos_token = "</s>"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    texts = ["Red.<|im_end|>", "Blue.", "Green.</s>", "Grey.<|im_end|></s>"]
+    rows = {"prompt": ["<s>Name one.", "Name one.", "<s>Name one.", "Name one."]}
+    if paired:
+        rows |= {"chosen": texts, "rejected": texts[::-1]}
+    else:
+        rows |= {"completion": texts, "label": [True, False, True, False]}
+    trl = trl_prepare("chatml", paired, eos_token="</s>")
+    prepared = prepare_text_rows(Dataset.from_dict(rows), trl, tokenizer)
+
+    def texts_of(column):
+        return [tokenizer.decode(ids).replace(" ", "") for ids in prepared[column]]
+
+    assert texts_of("prompt_ids") == ["<s>Nameone."] * 4
+    ends = ["Red.<|im_end|>", "Blue.</s>", "Green.</s>", "Grey.<|im_end|></s>"]
+    if paired:
+        assert texts_of("chosen_ids") == ends
+        assert texts_of("rejected_ids") == ends[::-1]
+    else:
+        assert texts_of("completion_ids") == ends
+    assert not [name for name in prepared.column_names if name.startswith("aot_")]
 
 
 THINKING = """{%- if tools %}{{ '<|im_start|>system\\n# Tools\\n' }}
