@@ -2,12 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.cli.args import PreprocessCliArgs
+from axolotl.common import datasets as common
 from axolotl.common.datasets import load_preference_datasets
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.data import rl
@@ -18,11 +20,13 @@ from axolotl.utils.data.shared import (
 )
 from axolotl.utils.distributed import is_main_process
 from axolotl.utils.logging import get_logger
+from axolotl.utils.tokenization import check_example_labels
 from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser
 
 from .accounting import RowCounts, check_labels, count_rows, table
 from .mixing import is_mixed, rows_taken
+from .tokens import IDS
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
@@ -55,7 +59,10 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | Non
     counts: dict[Path, list[RowCounts]] = {}
     if is_main_process():
         counts = row_counts(cfg)
-    with _mixing(cfg):
+    with (
+        _replaced(rl, "load_dataset_with_config", partial(_load_taken, cfg)),
+        _replaced(common, "check_dataset_labels", _show_labels),
+    ):
         meta = load_preference_datasets(cfg=cfg, cli_args=_flags() if preprocess else None)
     if unpaired:
         positive, negative = check_labels(meta.train_dataset)
@@ -113,23 +120,39 @@ def _count_split(
 
 
 @contextlib.contextmanager
-def _mixing(cfg: Any) -> Iterator[None]:
-    """The host's RL loader reads all rows of an entry once; here it reads those that ``weight`` and
-    ``shards`` take."""
-
-    def load(entry: Any, *args: Any, **kwargs: Any) -> Any:
-        dataset = original(entry, *args, **kwargs)
-        if not is_mixed(entry):
-            return dataset
-        dataset = _all_rows(dataset)
-        return dataset.select(rows_taken(len(dataset), entry, _seed(cfg)))
-
-    original = rl.load_dataset_with_config
-    rl.load_dataset_with_config = load
+def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """The host has no hook for what happens between reading and preparing the rows."""
+    original = getattr(module, name)
+    setattr(module, name, partial(function, original))
     try:
         yield
     finally:
-        rl.load_dataset_with_config = original
+        setattr(module, name, original)
+
+
+def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kwargs: Any) -> Any:
+    """The rows of an entry that ``weight`` and ``shards`` take, where the host's RL loader reads
+    all of them once."""
+    dataset = load(entry, *args, **kwargs)
+    if not is_mixed(entry):
+        return dataset
+    dataset = _all_rows(dataset)
+    return dataset.select(rows_taken(len(dataset), entry, _seed(cfg)))
+
+
+def _show_labels(
+    show: Callable[..., Any], dataset: Dataset, tokenizer: Any, num_examples: int, **kwargs: Any
+) -> None:
+    """What ``--debug`` shows: rows with ids of ours as the host shows those of SFT, with the very
+    ids that are trained. (For preference rows it tokenizes prompt and completion apart.)"""
+    for row in dataset.select(range(num_examples)):
+        prompt, completion = (row.get(name) for name in IDS.values())
+        if prompt is None:
+            show(Dataset.from_list([row]), tokenizer=tokenizer, num_examples=1, **kwargs)
+            continue
+        LOG.info("%s row:", "positive" if row["label"] else "negative")
+        ids = {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+        check_example_labels(ids, tokenizer, text_only=kwargs["text_only"])
 
 
 def _seed(cfg: Any) -> int:

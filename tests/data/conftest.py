@@ -48,10 +48,10 @@ def tokenizer(model_dir):
 
 
 @pytest.fixture
-def config(model_dir, tmp_path):
-    """``config(datasets, **keys)``: the config of an unpaired run, loaded by the host."""
+def raw_config(model_dir, tmp_path):
+    """``raw_config(datasets, **keys)``: the config of an unpaired run, as a user writes it."""
 
-    def make(datasets: list[dict[str, Any]], family: str = "chatml", **keys: Any) -> DictDefault:
+    def make(datasets: list[dict[str, Any]], family: str = "chatml", **keys: Any) -> dict[str, Any]:
         raw = {
             "base_model": str(model_dir(family)),
             "rl": "aot",
@@ -68,7 +68,17 @@ def config(model_dir, tmp_path):
             "dataset_num_proc": 0,  # no worker process per map
             "shuffle_merged_datasets": False,
         }
-        return load_cfg(DictDefault(raw | keys))
+        return raw | keys
+
+    return make
+
+
+@pytest.fixture
+def config(raw_config):
+    """``config(datasets, **keys)``: the same, loaded by the host."""
+
+    def make(*args: Any, **keys: Any) -> DictDefault:
+        return load_cfg(DictDefault(raw_config(*args, **keys)))
 
     return make
 

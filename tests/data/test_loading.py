@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from axolotl.cli.main import cli
 from axolotl.utils.data.rl import _drop_long_sequences, _truncate_long_sequences_rl
 from axolotl.utils.schemas.enums import RLType
+from click.testing import CliRunner
 from data_helpers import write_rows
 from datasets import Dataset
 
@@ -56,7 +59,10 @@ def test_every_row_is_accounted_for_also_when_the_cache_is_reused(config, entry,
         ],
     )
     pairs = entry(
-        "pairs", [{"prompt": "Q", "chosen": "A.", "rejected": ""}], type="chat_template.paired"
+        "pairs",
+        [{"prompt": "Q", "chosen": "A.", "rejected": ""}] * 2,
+        type="chat_template.paired",
+        weight=0.5,
     )
     host = entry(
         "host",
@@ -66,11 +72,14 @@ def test_every_row_is_accounted_for_also_when_the_cache_is_reused(config, entry,
     evaluation = entry("evaluation", rows(0, 1, prompt="Other"))
     cfg = config([flags, pairs, host], test_datasets=[evaluation], dataset_exact_deduplication=True)
     expected = [
-        "dataset split rows responses positive negative empty unlabeled too_long duplicate".split(),
-        [flags["path"], "train", "8", "8", "2", "1", "1", "1", "2", "1"],
-        [pairs["path"], "train", "1", "2", "1", "0", "1", "0", "0", "0"],
-        [host["path"], "train", "1", *"-------"],
-        [evaluation["path"], "test", "2", "2", "1", "1", "0", "0", "0", "0"],
+        [
+            *("dataset", "split", "rows", "taken", "responses", "positive", "negative"),
+            *("empty", "unlabeled", "too_long", "duplicate"),
+        ],
+        [flags["path"], "train", "8", "8", "8", "2", "1", "1", "1", "2", "1"],
+        [pairs["path"], "train", "2", "1", "2", "1", "0", "1", "0", "0", "0"],
+        [host["path"], "train", "1", "1", *"-------"],
+        [evaluation["path"], "test", "2", "2", "2", "1", "1", "0", "0", "0", "0"],
     ]
     meta = load_datasets(cfg)
     assert logged_table(caplog) == expected
@@ -135,8 +144,7 @@ def test_weights_and_shards_in_a_mix(mode, types, column, config, tmp_path, capl
         for path, kind, mix in zip(paths, types, mixing, strict=True)
     ]
     evaluation = entries[0] | {"weight": 0.3}
-    more = {"aot_mode": mode, "test_datasets": [evaluation]}
-    cfg = config(entries, **more)
+    cfg = config(entries, aot_mode=mode, test_datasets=[evaluation], skip_prepare_dataset=True)
     meta = load_datasets(cfg)
     numbers = [int(re.search(r"\d+", text)[0]) for text in meta.train_dataset[column]]
     # The host's own words for the same seed.
@@ -158,17 +166,6 @@ def test_weights_and_shards_in_a_mix(mode, types, column, config, tmp_path, capl
     assert [line[:4] for line in logged_table(caplog)] == expected
     assert mode == "paired" or (cfg.aot_datasets and meta.train_dataset["label"][5] is True)
 
-    # The cache answers to the same weights only.
-    for path in paths:
-        Path(path).write_text("")
-    again = load_datasets(config(entries, **more))
-    assert again.train_dataset[column] == meta.train_dataset[column]
-    assert [line[:4] for line in logged_table(caplog)] == expected
-    for path in paths:
-        numbered(Path(path), 2)
-    entries[1]["weight"] = 3.0
-    assert len(load_datasets(config(entries, **more)).train_dataset) == 1 + 6 + 0
-
 
 def test_a_row_s_number_is_that_of_its_file(config, entry):
     content = rows(*[True, False] * 10)
@@ -181,6 +178,64 @@ def test_a_row_s_number_is_that_of_its_file(config, entry):
 def test_paired_runs_without_weights_are_the_host_s_alone(config, tmp_path):
     entry = {"path": numbered(tmp_path / "a.jsonl", 4), "type": "chat_template.default"}
     assert load_datasets(config([entry | {"weight": 1}], aot_mode="paired")) is None
+
+
+@pytest.fixture
+def preprocess_debug(raw_config, tmp_path, monkeypatch, caplog):
+    """``preprocess_debug(rows, mode, **options)``: `axolotl preprocess --debug`, in this process;
+    what it logs of three examples."""
+
+    def run(content, mode, **options):
+        path = write_rows(tmp_path / "rows.jsonl", content)
+        entry = {"path": path, "type": "chat_template.default"} | options
+        yml = tmp_path / "config.yml"
+        yml.write_text(yaml.safe_dump(raw_config([entry], aot_mode=mode, chat_template="chatml")))
+        command = ["preprocess", str(yml), "--debug", "--debug-num-examples", "3", "--no-download"]
+        monkeypatch.setattr("sys.argv", ["axolotl", *command])  # the host reads its flags there too
+        monkeypatch.setenv("AXOLOTL_IS_PREPROCESS", "1")  # what the command sets, to be unset again
+        result = CliRunner().invoke(cli, command)
+        assert result.exit_code == 0, result.exception
+        logged = [r.getMessage() for r in caplog.records if r.name == "axolotl.utils.tokenization"]
+        return [re.sub(r"\x1b\[\d*m", "", text) for text in logged]
+
+    return run
+
+
+def question(number):
+    return {"messages": [{"role": "user", "content": f"Question {number}"}]}
+
+
+def test_preprocess_debug_shows_the_tokens_that_are_trained(preprocess_debug, tokenizer):
+    content = [question(i) | {"completion": f"So {i}.", "label": i % 2 == 0} for i in range(4)]
+    logged = preprocess_debug(content, "unpaired")
+    pairs = [re.findall(r"\((-?\d+), (\d+)\)", text) for text in logged]
+    shown = [[(int(label), int(token)) for label, token in pair] for pair in pairs if pair]
+    expected = []
+    for row in content:
+        turns = [*row["messages"], {"role": "assistant", "content": row["completion"]}]
+        prompt = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turns)["input_ids"]
+        end = len(whole) - whole[::-1].index(tokenizer.eos_token_id)
+        start = len(prompt["input_ids"])
+        expected.append([(-100 if i < start else t, t) for i, t in enumerate(whole[:end])])
+    assert len(shown) == 3
+    assert all(row in expected for row in shown)
+
+
+def test_preprocess_debug_of_pairs(preprocess_debug, tokenizer):
+    content = [question(i) | {"chosen": f"Yes {i}.", "rejected": f"No {i}."} for i in range(4)]
+    logged = preprocess_debug(content, "paired", weight=2.0)
+    shown: dict[str, list[str]] = {}
+    for text in logged:
+        head, _, tokens = text.partition(": ")
+        shown.setdefault(head, []).append(
+            tokenizer.decode([int(token) for token in re.findall(r"\((\d+)\)", tokens)])
+        )
+    assert list(shown) == ["INPUT PROMPT", "CHOSEN RESPONSE", "REJECTED RESPONSE"]
+    for prompt, chosen, rejected in zip(*shown.values(), strict=True):
+        (number,) = re.findall(r"Question (\d)", prompt)
+        assert (chosen, rejected) == (f"Yes {number}.<|im_end|>", f"No {number}.<|im_end|>")
+    assert len(shown["INPUT PROMPT"]) == 3
 
 
 def test_an_unreadable_label_stops_the_run_with_its_row(config, entry):

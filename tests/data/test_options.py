@@ -90,6 +90,8 @@ def test_the_hosts_cache_hash_changes_with_every_option(change):
         return generate_dataset_hash_from_config(DictDefault(sequence_len=8), entries, "tokenizer")
 
     assert host_hash(ENTRY) == host_hash(dict(reversed(ENTRY.items())))
+    if set(change) & {"weight", "shards"}:
+        assert host_hash(HOST) != host_hash(HOST | change)
     assert host_hash(ENTRY) != host_hash(ENTRY | change)
 
 
