@@ -20,9 +20,14 @@ class StratifiedSampler(Sampler[int]):
         block_size: k, the rows of one optimizer step over all ranks.
         seed: with the epoch (``set_epoch``, called by accelerate) it determines the order, so a
             resumed run sees the rows in the order of the unbroken one.
+
+    Raises:
+        ValueError: if there are no rows.
     """
 
     def __init__(self, labels: Sequence[bool], block_size: int, seed: int) -> None:
+        if not len(labels):
+            raise ValueError("there are no rows to train on: all of the data set was dropped")
         self.labels = torch.as_tensor(labels, dtype=torch.bool)
         self.block_size = block_size
         self.seed = seed

@@ -3,6 +3,7 @@
 from fractions import Fraction
 from math import ceil, floor
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,3 +78,8 @@ def test_rows_of_one_label_are_shuffled_over_the_whole_data():
     labels = [True, False] * 20
     blocks = {order(labels, 4, seed=0, epoch=epoch).index(0) // 4 for epoch in range(200)}
     assert blocks == set(range(10))
+
+
+def test_no_rows() -> None:
+    with pytest.raises(ValueError, match="there are no rows to train on"):
+        StratifiedSampler([], 4, seed=0)
