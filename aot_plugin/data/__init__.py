@@ -12,6 +12,7 @@ of ours is rewritten before the host validates it (``resolve_datasets``): its op
     mixing.py      which rows of an entry are read: `weight` and `shards`
     labels.py      a cell of the label column -> positive, negative or dropped
     rows.py        a row -> examples (prompt turns, completion turn, label); all that knows schemas
+    threads.py     trees of messages -> rows, for one of the strategies
     render.py      an example -> the two strings that the model is trained on
     strategy.py    the above as the batched map that the host calls
     accounting.py  what became of every row

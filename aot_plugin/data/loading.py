@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from axolotl.cli.args import PreprocessCliArgs
 from axolotl.common import datasets as common
 from axolotl.common.datasets import load_preference_datasets
@@ -26,6 +27,7 @@ from transformers import HfArgumentParser
 
 from .accounting import RowCounts, check_labels, count_rows, table
 from .mixing import is_mixed, rows_taken
+from .strategy import arranged
 from .tokens import IDS
 
 if TYPE_CHECKING:
@@ -105,18 +107,32 @@ def _count_split(
     for entry in cfg[SPLITS[split]]:
         dataset = _all_rows(load_dataset_with_config(entry, cfg.hf_use_auth_token))
         counts = RowCounts(entry["path"], split, rows=len(dataset))
-        numbers = None
-        if is_mixed(entry):
-            numbers = rows_taken(len(dataset), entry, _seed(cfg))
-            dataset = dataset.select(numbers)
+        dataset, numbers = _taken(dataset, entry, cfg)
+        if numbers is not None:
             counts.taken = len(dataset)
-        key = str(entry["type"]).removeprefix("aot_plugin.unpaired_")
-        resolved = (cfg["aot_datasets"] or {}).get(key)
+        resolved = _resolved(entry, cfg)
         if resolved is None:
             counts.counted = False
         else:
             count_rows(dataset, resolved, counts, cfg, tokenizer, seen, numbers)
         yield counts
+
+
+def _resolved(entry: Any, cfg: Any) -> dict[str, Any] | None:
+    """What ``aot_datasets`` has of an entry; None for the host's own types."""
+    key = str(entry["type"]).removeprefix("aot_plugin.unpaired_")
+    return (cfg["aot_datasets"] or {}).get(key)
+
+
+def _taken(dataset: Dataset, entry: Any, cfg: Any) -> tuple[Dataset, np.ndarray | None]:
+    """The rows that an entry's type is to read, and their numbers if not all are taken once."""
+    resolved = _resolved(entry, cfg)
+    if resolved is not None:
+        dataset = arranged(dataset, resolved)
+    if not is_mixed(entry):
+        return dataset, None
+    numbers = rows_taken(len(dataset), entry, _seed(cfg))
+    return dataset.select(numbers), numbers
 
 
 @contextlib.contextmanager
@@ -131,13 +147,9 @@ def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[
 
 
 def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kwargs: Any) -> Any:
-    """The rows of an entry that ``weight`` and ``shards`` take, where the host's RL loader reads
-    all of them once."""
-    dataset = load(entry, *args, **kwargs)
-    if not is_mixed(entry):
-        return dataset
-    dataset = _all_rows(dataset)
-    return dataset.select(rows_taken(len(dataset), entry, _seed(cfg)))
+    """The rows of an entry as its type is to read them, where the host's RL loader reads all of
+    them once, as they are."""
+    return _taken(_all_rows(load(entry, *args, **kwargs)), entry, cfg)[0]
 
 
 def _show_labels(

@@ -140,6 +140,24 @@ class ListwiseOptions(_Thresholds):
             yield from ((part, field) for part in cell(row, self.field_responses) or [])
 
 
+class ThreadsOptions(ConversationOptions):
+    """``chat_template.threads``: a message of a conversation tree per row."""
+
+    field_id: str = "message_id"
+    field_parent: str = "parent_id"
+    field_text: str = "text"
+    field_role: str = "role"
+    field_rank: str = "rank"
+
+    @model_validator(mode="after")
+    def _check_threads(self) -> "ThreadsOptions":
+        columns = ("field_messages", "field_prompt", "field_system", "field_tools")
+        others = {*columns, "message_property_mappings"} & self.model_fields_set
+        if others:
+            raise ValueError(f"`{min(others)}` has no meaning where each row is one message")
+        return self
+
+
 def parsed_options(resolved: Mapping[str, Any]) -> ConversationOptions:
     """The options object of a value of ``aot_datasets``."""
     return _strategies()[resolved["strategy"]].options(**plain(resolved["options"]))

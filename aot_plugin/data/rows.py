@@ -12,10 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
 from pydantic import BaseModel
 
 from .labels import Drop, label_from_rating, parse_label, parse_number
-from .options import ConversationOptions, DefaultOptions, ListwiseOptions, PairedOptions
+from .options import (
+    ConversationOptions,
+    DefaultOptions,
+    ListwiseOptions,
+    PairedOptions,
+    ThreadsOptions,
+)
+from .threads import threads
 
 Row = Mapping[str, Any]
 Turn = dict[str, Any]
@@ -41,10 +49,12 @@ class PromptStrategy:
 
     ``options`` is validated with unknown keys refused; ``examples`` gets the row and an instance
     of it. Subclass ``ConversationOptions`` to have the chat template, roles and system prompt.
+    ``arrange``, if given, first makes the rows that ``examples`` gets of those of the data set.
     """
 
     options: type[ConversationOptions]
     examples: Callable[[Row, Any], Iterable[Outcome]]
+    arrange: Callable[[Dataset, Any], Dataset] | None = None
 
 
 class RowError(ValueError):
@@ -73,17 +83,28 @@ def listwise_examples(row: Row, options: ListwiseOptions) -> Iterator[Outcome]:
     if options.field_preference is not None:
         labels = _prefer(row, options.field_preference)
     elif options.best_and_worst:
-        labels = _best_and_worst(row, options)
+        ratings = [(cell(part, field), field) for part, field in options.labels(row, cell)]
+        labels = _best_and_worst(ratings, options.lower_is_better)
     else:
         labels = [judge(part, field, options) for part, field in options.labels(row, cell)]
     for response, label in zip(responses, labels, strict=True):
         yield example(row, response, label, options)
 
 
+def threads_examples(row: Row, options: ThreadsOptions) -> Iterator[Outcome]:
+    """The answers to one message of a tree (``threads``): the best-ranked one, 0, is positive and
+    the worst-ranked one negative."""
+    ranks = [(reply["rank"], options.field_rank) for reply in row["replies"]]
+    labels = _best_and_worst(ranks, lower_is_better=True)
+    for reply, label in zip(row["replies"], labels, strict=True):
+        yield example(row, reply["text"], label, options)
+
+
 BUILTIN: dict[str, PromptStrategy] = {
     "chat_template.default": PromptStrategy(DefaultOptions, default_examples),
     "chat_template.paired": PromptStrategy(PairedOptions, paired_examples),
     "chat_template.listwise": PromptStrategy(ListwiseOptions, listwise_examples),
+    "chat_template.threads": PromptStrategy(ThreadsOptions, threads_examples, threads),
 }
 
 
@@ -275,19 +296,20 @@ def _prefer(row: Row, field: str) -> list[bool | Drop]:
     return [preference < 0, preference > 0]
 
 
-def _best_and_worst(row: Row, options: ListwiseOptions) -> list[bool | Drop]:
+def _best_and_worst(values: Iterable[tuple[Any, str]], lower_is_better: bool) -> list[bool | Drop]:
+    """Labels from ratings, each with the name of its field."""
     labels: list[bool | Drop] = []
     ratings: dict[int, float] = {}
-    for index, (part, field) in enumerate(options.labels(row, cell)):
+    for index, (value, field) in enumerate(values):
         try:
-            rating = parse_number(cell(part, field))
+            rating = parse_number(value)
         except ValueError as error:
             raise RowError(f"`{field}`: {error}") from None
         if isinstance(rating, Drop):
             labels.append(rating)
             continue
         labels.append(Drop.BETWEEN)
-        ratings[index] = -rating if options.lower_is_better else rating
+        ratings[index] = -rating if lower_is_better else rating
     # With all ratings equal nothing is better than anything else.
     if ratings and max(ratings.values()) > min(ratings.values()):
         labels[max(ratings, key=ratings.__getitem__)] = True

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from datasets import Features, Sequence, Value
+from datasets import Dataset, Features, Sequence, Value
 
 from ..hookspecs import hookimpl
 from ..registry import plugin_manager, registered
@@ -84,6 +84,21 @@ def template_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of the config that rendering depends on."""
     keys = ("chat_template", "chat_template_jinja", "chat_template_kwargs")
     return {key: plain(cfg.get(key)) for key in keys}
+
+
+def arranged(dataset: Dataset, resolved: Mapping[str, Any]) -> Dataset:
+    """The rows that an entry's strategy reads, of those that were loaded.
+
+    Raises:
+        ValueError: naming the dataset, if it can't be arranged.
+    """
+    arrange = strategies()[resolved["strategy"]].arrange
+    if arrange is None:
+        return dataset
+    try:
+        return arrange(dataset, parsed_options(resolved))
+    except ValueError as error:
+        raise ValueError(f"{resolved['source']['path']}: {error}") from None
 
 
 def rows_of(batch: Mapping[str, list[Any]]) -> Iterator[Row]:

@@ -46,14 +46,26 @@ ASPECT = {"Rating": "5", "Rationale": "Fine."}
 HELPSTEER = {"correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 2}
 
 
-def reply(text: str, rank: int | None, replies: list[Any]) -> dict[str, Any]:
+def message(name: str, parent: str | None, text: str, rank: int | None) -> dict[str, Any]:
     return {
-        "message_id": "m",
+        "message_id": name,
+        "parent_id": parent,
+        "user_id": "u",
+        "created_date": "2023-02-05T14:23:50.983374+00:00",
         "text": text,
-        "role": "assistant",
+        "role": "assistant" if parent else "prompter",
         "lang": "en",
+        "review_count": 3,
+        "review_result": True,
+        "deleted": False,
         "rank": rank,
-        "replies": replies,
+        "synthetic": False,
+        "model_name": None,
+        "detoxify": {"toxicity": 0.0004, "insult": 0.0002},
+        "message_tree_id": "p",
+        "tree_state": "ready_for_export",
+        "emojis": {"name": ["+1"], "count": [3]},
+        "labels": {"name": ["spam"], "value": [0.0], "count": [3]},
     }
 
 
@@ -283,21 +295,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "OpenAssistant/oasst1": [
-        {
-            "message_tree_id": "t",
-            "tree_state": "ready_for_export",
-            "prompt": {
-                "message_id": "p",
-                "text": user()["content"],
-                "role": "prompter",
-                "lang": "en",
-                "replies": [
-                    reply("Hm.", 1, []),
-                    reply(BAD, 2, [reply("Thanks.", None, [])]),
-                    reply(GOOD, 0, [reply("Thanks.", None, [reply("Sure.", 0, [])])]),
-                ],
-            },
-        }
+        message("p", None, user()["content"], None),
+        *(message(text, "p", text, rank) for rank, text in enumerate((GOOD, "Hm.", BAD))),
     ],
 }
 """Rows by the path of the entry. Where the answers are, the good one is positive, the bad one

@@ -153,8 +153,8 @@ def test_an_evaluation_that_the_host_would_read_by_other_options():
         (
             {"path": "x", "type": "chat_template.defualt"},
             "`datasets[1].type: chat_template.defualt` is not a strategy for unpaired rows; "
-            "accepted are chat_template.default, chat_template.paired, chat_template.listwise, the "
-            "host's chatml.argilla",
+            "accepted are chat_template.default, chat_template.paired, chat_template.listwise, "
+            "chat_template.threads, the host's chatml.argilla",
         ),
         ({"type": "chat_template.default"}, "`datasets[1].path` is missing"),
         (

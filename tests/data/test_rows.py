@@ -1,11 +1,12 @@
 """From rows to examples, without tokenizer or host."""
 
 import pytest
+from datasets import Dataset
 
 from aot_plugin.data import resolve_unpaired_datasets
 from aot_plugin.data.labels import Drop
 from aot_plugin.data.rows import Example
-from aot_plugin.data.strategy import outcomes
+from aot_plugin.data.strategy import arranged, outcomes
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello."}
@@ -261,4 +262,73 @@ def test_listwise_in_columns():
 def test_errors_name_dataset_row_field_and_value(row, options, message):
     with pytest.raises(ValueError) as error:
         read(row, **options)
+    assert message in str(error.value)
+
+
+def tree(*messages):
+    names = ("message_id", "parent_id", "role", "text", "rank")
+    return [dict(zip(names, message, strict=True)) for message in messages]
+
+
+TREE = tree(
+    ("c", "a2", "prompter", "Why?", None),
+    ("a1", "p", "assistant", "No.", 1),
+    ("p", None, "prompter", "Hi", None),
+    ("a2", "p", "assistant", "Hello.", 0),
+    ("d1", "c", "assistant", "Because.", 2),
+    ("d2", "c", "assistant", "So that.", 1),
+    ("d3", "c", "assistant", "Hm.", None),
+    ("e", "d1", "prompter", "Thanks.", None),
+    ("f", "e", "assistant", "Sure.", 0),
+    ("g", "lost", "assistant", "Where?", 0),
+    ("h", "lost", "assistant", "Here!", 1),
+)
+
+
+def read_threads(messages, **options):
+    entry = {"path": "trees.jsonl", "type": "chat_template.threads", **options}
+    (resolved,) = resolve_unpaired_datasets([entry])[1].values()
+    rows = arranged(Dataset.from_list(messages), resolved)
+    return list(outcomes(rows, resolved, numbers=range(len(rows))))
+
+
+def test_threads_of_a_tree():
+    """Messages in any order; answers are ranked at every level of the tree."""
+
+    def says(text):
+        return {"role": "assistant", "content": text}
+
+    deeper = [USER, ANSWER, {"role": "user", "content": "Why?"}]
+    expected = [
+        Example([USER], says("No."), False),
+        Example([USER], ANSWER, True),
+        Example(deeper, says("Because."), False),
+        Example(deeper, says("So that."), True),
+        Drop.UNLABELED,
+        Drop.BETWEEN,  # an only answer
+        *[Drop.EMPTY] * 2,  # to a message that is missing
+    ]
+    assert read_threads(TREE) == expected
+    renamed = [{f"{key}_": value for key, value in message.items()} for message in TREE]
+    fields = {"id": "message_id_", "parent": "parent_id_"}
+    fields |= {name: f"{name}_" for name in ("text", "role", "rank")}
+    assert read_threads(renamed, **{f"field_{k}": v for k, v in fields.items()}) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "message"),
+    [
+        (TREE, {"field_rank": "place"}, "trees.jsonl: there is no column `place` (`field_rank`)"),
+        ([*TREE, TREE[0]], {}, "trees.jsonl: two messages have the `message_id` 'c'"),
+        (
+            tree(("a", "b", "assistant", "x", 0), ("b", "a", "prompter", "y", None)),
+            {},
+            "trees.jsonl: the message 'b' is above itself",
+        ),
+        (TREE, {"field_prompt": "text"}, "`field_prompt` has no meaning where each row is one"),
+    ],
+)
+def test_trees_that_can_t_be_read(messages, options, message):
+    with pytest.raises(ValueError) as error:
+        read_threads(messages, **options)
     assert message in str(error.value)
