@@ -5,6 +5,15 @@ TRL's tokenization, ours by `chat_template.default` with the ChatML template, wh
 timed as well. Needs a directory with a tokenizer and a `config.json` (`--model`).
 
     python benchmarks/preprocess_speed.py --model outputs/smollm2-135m-instruct
+
+`--save` goes through the length filter and the prepared dataset on disk, as `axolotl preprocess`
+and the training after it do. The memory reported is the largest sum over the process and its
+children of what is theirs alone (RssAnon; Arrow files that are mapped into memory are not, the
+kernel can drop them), above what was there before the rows were read. A million short rows:
+
+    python benchmarks/preprocess_speed.py --rows 1000000 --repeats 1 --short --save
+
+`results/preprocess_speed.jsonl` holds what was measured, one run per line.
 """
 
 import argparse
@@ -13,16 +22,20 @@ import os
 import random
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 
 import datasets
+import psutil
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_preference_datasets
+from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import KTOConfig, KTOTrainer
@@ -34,8 +47,10 @@ LENGTH = 1024
 WORDS = "apple river stone cloud green happy table light music dance bread water house".split()
 
 
-def write_rows(path: Path, count: int) -> None:
-    """Rows that both strategies read, of lengths as in UltraFeedback (a few hundred words)."""
+def write_rows(path: Path, count: int, short: bool) -> None:
+    """Rows that both strategies read, of lengths as in UltraFeedback (a few hundred words), or of
+    a few words."""
+    prompt, completion = ((3, 15), (3, 30)) if short else ((10, 150), (20, 400))
     rng = random.Random(0)
 
     def text(low: int, high: int) -> str:
@@ -43,11 +58,11 @@ def write_rows(path: Path, count: int) -> None:
 
     with path.open("w") as file:
         for number in range(count):
-            row = {"instruction": text(10, 150), "completion": text(20, 400)}
+            row = {"instruction": text(*prompt), "completion": text(*completion)}
             file.write(json.dumps(row | {"label": number % 2 == 0}) + "\n")
 
 
-def load(model: str, folder: Path, entry: dict[str, Any]) -> DictDefault:
+def load(model: str, folder: Path, entry: dict[str, Any], save: bool) -> DictDefault:
     cfg = load_cfg(
         DictDefault(
             base_model=model,
@@ -62,7 +77,8 @@ def load(model: str, folder: Path, entry: dict[str, Any]) -> DictDefault:
             num_epochs=1,
             learning_rate=1e-4,
             dataset_num_proc=0,
-            skip_prepare_dataset=True,
+            skip_prepare_dataset=not save,
+            dataset_prepared_path=str(folder / "prepared"),
         )
     )
     cfg.is_preprocess = True  # no results of an earlier run from the cache
@@ -89,10 +105,36 @@ def trl_trainer(tokenizer: Any, folder: Path) -> KTOTrainer:
     )
 
 
-def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = run()
-    return time.perf_counter() - start, result
+def anonymous_mib() -> float:
+    """Memory of this process and its children that no file stands behind."""
+    total = 0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        total += sum(int(line.split()[1]) for line in status.splitlines() if "RssAnon" in line)
+    return total / 1024
+
+
+@contextmanager
+def peak(values: list[float]) -> Iterator[None]:
+    """Adds to ``values`` the peak of ``anonymous_mib`` above its value at the start."""
+    start, highest, stop = anonymous_mib(), 0.0, threading.Event()
+
+    def sample() -> None:
+        nonlocal highest
+        while not stop.wait(0.2):
+            highest = max(highest, anonymous_mib())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        values.append(max(0.0, highest - start))
 
 
 def main() -> None:
@@ -100,6 +142,8 @@ def main() -> None:
     parser.add_argument("--model", default="outputs/smollm2-135m-instruct")
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     datasets.disable_caching()
     datasets.disable_progress_bars()
@@ -109,48 +153,45 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_rows(folder / "rows.jsonl", args.rows)
+        write_rows(folder / "rows.jsonl", args.rows, args.short)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         trainer = trl_trainer(tokenizer, folder)
+        host = load(args.model, folder, {"type": "chatml.argilla"}, args.save)
+        entry = {"field_prompt": "instruction", "chat_template": "chatml"}
+        ours = load(args.model, folder, {"type": "chat_template.default"} | entry, args.save)
 
-        def trl(rows: Any) -> Any:
+        def host_rows() -> Any:
+            rows = load_preference_datasets(cfg=host).train_dataset
             return trainer._prepare_dataset(rows, tokenizer, trainer.args, "train")
 
-        host = load(args.model, folder, {"type": "chatml.argilla"})
-        ours = load(
-            args.model,
-            folder,
-            {
-                "type": "chat_template.default",
-                "field_prompt": "instruction",
-                "chat_template": "chatml",
-            },
-        )
-        load_preference_datasets(cfg=host)  # warms the file system and the imports
-        speeds: dict[str, list[float]] = {"host": [], "ours": []}
+        def our_rows() -> Any:
+            return prepare_tokens(load_datasets(ours).train_dataset, refuse, LENGTH)
+
+        sides: dict[str, Callable[[], Any]] = {"host": host_rows, "ours": our_rows}
+        speeds: dict[str, list[float]] = {side: [] for side in sides}
+        memory: dict[str, list[float]] = {side: [] for side in sides}
+        # Warms the imports, and has the rows of the file in the form in which both read them.
+        load_dataset_with_config(host.datasets[0], False)
         for _ in range(args.repeats):
-            prepared, dataset = seconds(lambda: load_preference_datasets(cfg=host).train_dataset)
-            tokenized, theirs = seconds(lambda: trl(dataset))  # noqa: B023
-            speeds["host"].append(args.rows / (prepared + tokenized))
-            prepared, dataset = seconds(lambda: load_datasets(ours).train_dataset)
-            tokenized, mine = seconds(lambda: prepare_tokens(dataset, refuse, LENGTH))  # noqa: B023
-            speeds["ours"].append(args.rows / (prepared + tokenized))
-            assert len(theirs) == len(mine) == args.rows
-        median = {side: statistics.median(values) for side, values in speeds.items()}
-        ratio = statistics.median(
-            mine / theirs for mine, theirs in zip(speeds["ours"], speeds["host"], strict=True)
-        )
-        print(
-            json.dumps(
-                {
-                    "rows": args.rows,
-                    "repeats": args.repeats,
-                    "host_rows_per_second": round(median["host"]),
-                    "ours_rows_per_second": round(median["ours"]),
-                    "ratio": round(ratio, 2),
-                }
-            )
-        )
+            for side, run in sides.items():
+                with peak(memory[side]):
+                    start = time.perf_counter()
+                    prepared = run()
+                    speeds[side].append(args.rows / (time.perf_counter() - start))
+                assert len(prepared) == args.rows
+                del prepared
+        result: dict[str, Any] = {
+            "rows": args.rows,
+            "short": args.short,
+            "save": args.save,
+            "repeats": args.repeats,
+        }
+        for side in sides:
+            result[f"{side}_rows_per_second"] = round(statistics.median(speeds[side]))
+            result[f"{side}_peak_mib"] = round(max(memory[side]))
+        ratios = [a / b for a, b in zip(speeds["ours"], speeds["host"], strict=True)]
+        result["ratio"] = round(statistics.median(ratios), 2)
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

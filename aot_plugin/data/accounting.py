@@ -156,7 +156,9 @@ def check_labels(dataset: Dataset, name: str = "datasets") -> tuple[int, int]:
             f"`{name}`: `aot_mode: unpaired` needs a `label` column after preparation; there are "
             f"{', '.join(dataset.column_names)}"
         )
-    found = Counter(dataset["label"])
+    found: Counter[Any] = Counter()
+    for batch in dataset.select_columns("label").iter(BATCH):
+        found.update(batch["label"])
     strange = next((label for label in found if label not in (0, 1)), None)
     if strange is not None or None in found:
         raise ValueError(
