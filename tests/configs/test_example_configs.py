@@ -124,8 +124,10 @@ def test_dead_keys_are_found() -> None:
     written = load(EXAMPLES / "aot_merlinite_fsdp2.yml")
     written["lora_rank"] = 8
     written["fsdp_config"]["shard"] = True
+    assert dead_keys(written) == {"lora_rank", "fsdp_config.shard"}
     written["datasets"][0]["field_prompt"] = "prompt"
-    assert dead_keys(written) == {"lora_rank", "fsdp_config.shard", "datasets[0].field_prompt"}
+    with pytest.raises(ValueError, match=r"`datasets\[0\].field_prompt` is not an option"):
+        validated(written)
 
 
 @each_config
@@ -135,10 +137,11 @@ def test_the_host_resolves_the_strategies(path: Path) -> None:
     assert None not in resolved
 
 
-def test_unresolved_strategies_are_found() -> None:
+def test_unknown_strategies_are_refused() -> None:
     written = load(SWEPT)
     written["datasets"][0]["type"] = "chat_template.argila_chat"
-    assert next(iter(strategies(validated(written)))) is None
+    with pytest.raises(ValueError, match="chat_template.argila_chat is not a strategy for paired"):
+        validated(written)
 
 
 @each_config
