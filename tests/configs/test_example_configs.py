@@ -140,7 +140,7 @@ def test_the_host_resolves_the_strategies(path: Path) -> None:
 def test_unknown_strategies_are_refused() -> None:
     written = load(SWEPT)
     written["datasets"][0]["type"] = "chat_template.argila_chat"
-    with pytest.raises(ValueError, match="chat_template.argila_chat is not a strategy for paired"):
+    with pytest.raises(ValueError, match="argila_chat` is not a strategy for paired"):
         validated(written)
 
 
