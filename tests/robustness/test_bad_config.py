@@ -123,8 +123,11 @@ def test_a_misspelt_key_is_never_ignored(key: str, seed: int, validated: Any) ->
 @MANY
 @given(
     key=st.sampled_from(
-        ["rl_beta", "trl", "datasets", "test_datasets", "rl", "remove_unused_columns"]
-        + ["context_parallel_size", "tensor_parallel_size", *REFUSED]
+        [
+            *("rl_beta", "trl", "datasets", "test_datasets", "rl", "remove_unused_columns"),
+            *("context_parallel_size", "tensor_parallel_size"),
+            *REFUSED,
+        ]
     ),
     value=VALUES,
     mode=st.sampled_from(["paired", "unpaired"]),
