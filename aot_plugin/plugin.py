@@ -57,13 +57,17 @@ class AOTPlugin(BasePlugin):
         return "aot_plugin.config.AOTTrainingArgs" if self._speaks() else None
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
-        """The host's own loading, with ``weight`` and ``shards`` per entry, a count of what became
+"""The host's own loading, with ``weight`` and ``shards`` per entry, a count of what became
         of every unpaired row, and an error if one label only is left. Anything else is left to the
-        host."""
+        host, once what a killed run may have left half written is out of its way."""
         if not is_desugared(cfg) or not self._speaks():
             return None
         from .data.loading import load_datasets
+        from .recovery import discard_half_prepared, set_aside_half_checkpoints
 
+        if not preprocess:
+            set_aside_half_checkpoints(cfg)
+        discard_half_prepared(cfg, preprocess)
         return load_datasets(cfg, preprocess)
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
