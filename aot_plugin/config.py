@@ -169,9 +169,13 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
     _check_keys(cfg)
     _check_entries(cfg)
     args = _validated(written)
-    for key, advice in REFUSED.items():
-        if cfg.get(key) is not None:
-            raise ValueError(f"`{key}` can't be used with `rl: aot`: {advice}")
+    refused = [
+        f"`{key}` can't be used with `rl: aot`: {advice}"
+        for key, advice in REFUSED.items()
+        if cfg.get(key) is not None
+    ]
+    if refused:
+        raise ValueError("; ".join(refused))
     for key in _PARALLEL:
         if (cfg.get(key) or 1) != 1:
             raise ValueError(
