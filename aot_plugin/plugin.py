@@ -57,7 +57,7 @@ class AOTPlugin(BasePlugin):
         return "aot_plugin.config.AOTTrainingArgs" if self._speaks() else None
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
-"""The host's own loading, with ``weight`` and ``shards`` per entry, a count of what became
+        """The host's own loading, with ``weight`` and ``shards`` per entry, a count of what became
         of every unpaired row, and an error if one label only is left. Anything else is left to the
         host, once what a killed run may have left half written is out of its way."""
         if not is_desugared(cfg) or not self._speaks():

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -186,4 +187,7 @@ def _flags() -> PreprocessCliArgs:
 
 def _store(path: Path, counts: list[RowCounts]) -> None:
     if path.parent.is_dir():  # absent with `skip_prepare_dataset`
-        path.write_text(json.dumps([vars(entry) for entry in counts], indent=1))
+        # A killed run must not leave half of it: the next one would read it.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps([vars(entry) for entry in counts], indent=1))
+        os.replace(temporary, path)
