@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import os
-import pickletools
+import pickletools  # nosec B403
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -207,7 +207,8 @@ def _load_model(name: str, dtype: str, named_by: object) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        # The user's own model, by the name that the host was given.
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)  # nosec B615
     except OSError as error:
         raise FileNotFoundError(
             f"no model at {name!r} (named by {named_by}, working directory {os.getcwd()}): "
@@ -220,7 +221,7 @@ def _load_tokenizer(saved: Path, otherwise: str) -> Any:
     from transformers import AutoTokenizer
 
     has_its_own = (saved / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(str(saved) if has_its_own else otherwise)
+    return AutoTokenizer.from_pretrained(str(saved) if has_its_own else otherwise)  # nosec B615
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
