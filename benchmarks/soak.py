@@ -7,9 +7,11 @@ evaluates now and then. A callback reads the clock and the resident memory at ev
 tenth is left out (imports, caches and the allocator fill up there), and the rest is compared in
 windows.
 
-Seen so far (2026-11-24, two CPU cores that experiments kept busy, 60 steps, paired): 1207.6 MB
-resident in the first window and 1207.8 MB in the last, 477 to 509 ms per step without a trend. That
-is too short to call it a soak: the 2,000 steps are still to be run on a quiet machine.
+Seen so far (2026-11-24, paired, 1,187 steps and 5 evaluations in the 2 minutes there were, two CPU
+cores shared with other work). Resident MB per window: 1212, 1214, 1215, 1216, 1219, 1222, 1225,
+1220, 1216: up and down again. Median ms per step: 40, 34, 37, 37, 37, 37, 40, 42, 41: the last
+windows are slower by a tenth than the middle ones, and whether that is the load of the machine
+this run can't tell. The 2,000 steps are still to be run on a quiet one.
 """
 
 import argparse
