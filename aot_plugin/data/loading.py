@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from axolotl.cli.args import PreprocessCliArgs
+from axolotl.cli.args import PreprocessCliArgs, TrainerCliArgs
 from axolotl.common import datasets as common
 from axolotl.common.datasets import load_preference_datasets
 from axolotl.loaders import load_tokenizer
@@ -27,6 +27,7 @@ from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser
 
 from .accounting import RowCounts, check_labels, count_rows, table
+from .blame import check_pairs, naming_the_row
 from .mixing import is_mixed, rows_taken
 from .strategy import arranged
 from .tokens import IDS
@@ -41,32 +42,36 @@ DEFAULT_SEED = 42
 SPLITS = {"train": "datasets", "test": "test_datasets"}
 
 
-def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":
+def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
     """What the plugin's ``load_datasets`` hook returns for a run of ours.
 
     The datasets come from the host's own ``load_preference_datasets``. The main process logs, once,
-    what became of the rows of every entry; the counts are kept next to the prepared dataset. None
-    for paired runs that read all rows once: they are the host's alone.
+    what became of the rows of every entry; the counts are kept next to the prepared dataset.
+    Paired runs that read all rows once have no table: the host says what it drops.
 
     Args:
         preprocess: the command is ``axolotl preprocess``, whose flags (``--debug``) count.
 
     Raises:
-        ValueError: in an unpaired run, for a row that can't be read, or if the training rows have
-            one label only.
+        ValueError: for a row that can't be read, if no rows are left or, in an unpaired run, if
+            they have one label only.
     """
     unpaired = cfg["aot_mode"] == "unpaired"
     entries = chain(*(cfg.get(where) or [] for where in SPLITS.values()))
-    if not unpaired and not any(map(is_mixed, entries)):
-        return None
     counts: dict[Path, list[RowCounts]] = {}
-    if is_main_process():
-        counts = row_counts(cfg)
     with (
+        naming_the_row(cfg),
         _replaced(rl, "load_dataset_with_config", partial(_load_taken, cfg)),
         _replaced(common, "check_dataset_labels", _show_labels),
     ):
-        meta = load_preference_datasets(cfg=cfg, cli_args=_flags() if preprocess else None)
+        if is_main_process() and (unpaired or any(map(is_mixed, entries))):
+            counts = row_counts(cfg)
+        meta = load_preference_datasets(cfg=cfg, cli_args=_flags(preprocess))
+    if not len(meta.train_dataset):
+        raise ValueError(
+            "`datasets`: no rows are left to train on; they are empty, or every row is longer than "
+            f"`sequence_len: {cfg['sequence_len']}`"
+        )
     if unpaired:
         positive, negative = check_labels(meta.train_dataset)
     if counts:
@@ -150,7 +155,10 @@ def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[
 def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kwargs: Any) -> Any:
     """The rows of an entry as its type is to read them, where the host's RL loader reads all of
     them once, as they are."""
-    return _taken(_all_rows(load(entry, *args, **kwargs)), entry, cfg)[0]
+    dataset = _all_rows(load(entry, *args, **kwargs))
+    if cfg["aot_mode"] == "paired":
+        check_pairs(dataset, entry)
+    return _taken(dataset, entry, cfg)[0]
 
 
 def _show_labels(
@@ -179,9 +187,9 @@ def _all_rows(dataset: Dataset | DatasetDict) -> Dataset:
     return dataset["train"] if isinstance(dataset, DatasetDict) else dataset
 
 
-def _flags() -> PreprocessCliArgs:
+def _flags(preprocess: bool) -> PreprocessCliArgs | TrainerCliArgs:
     # The hook is not given them; this is how the host's command itself reads them.
-    parser = HfArgumentParser(PreprocessCliArgs)
+    parser = HfArgumentParser(PreprocessCliArgs if preprocess else TrainerCliArgs)
     return parser.parse_args_into_dataclasses(return_remaining_strings=True)[0]
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("AOT_KILLS", "3"))
 STEPS = 8
-TIMEOUT = 300
+TIMEOUT = 600
 
 
 class Process:
