@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from axolotl.cli.main import cli
+from axolotl.common.datasets import load_preference_datasets
 from axolotl.utils.data.rl import _drop_long_sequences, _truncate_long_sequences_rl
 from axolotl.utils.schemas.enums import RLType
 from click.testing import CliRunner
@@ -175,9 +176,13 @@ def test_a_row_s_number_is_that_of_its_file(config, entry):
         load_datasets(cfg)
 
 
-def test_paired_runs_without_weights_are_the_host_s_alone(config, tmp_path):
-    entry = {"path": numbered(tmp_path / "a.jsonl", 4), "type": "chat_template.default"}
-    assert load_datasets(config([entry | {"weight": 1}], aot_mode="paired")) is None
+def test_paired_rows_without_weights_are_the_host_s_own(config, tmp_path, caplog):
+    entry = {"path": numbered(tmp_path / "a.jsonl", 4), "type": "chatml.intel"}
+    cfg = config([entry | {"weight": 1}], aot_mode="paired", skip_prepare_dataset=True)
+    expected = load_preference_datasets(cfg=cfg).train_dataset.to_list()
+    assert len(expected) == 4
+    assert load_datasets(cfg).train_dataset.to_list() == expected
+    assert "rows of the" not in caplog.text
 
 
 @pytest.fixture
