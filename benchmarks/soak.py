@@ -7,11 +7,11 @@ evaluates now and then. A callback reads the clock and the resident memory at ev
 tenth is left out (imports, caches and the allocator fill up there), and the rest is compared in
 windows.
 
-Seen so far (2026-11-24, paired, 1,187 steps and 5 evaluations in the 2 minutes there were, two CPU
-cores shared with other work). Resident MB per window: 1212, 1214, 1215, 1216, 1219, 1222, 1225,
-1220, 1216: up and down again. Median ms per step: 40, 34, 37, 37, 37, 37, 40, 42, 41: the last
-windows are slower by a tenth than the middle ones, and whether that is the load of the machine
-this run can't tell. The 2,000 steps are still to be run on a quiet one.
+Seen on 2026-11-24, 2,000 steps each on two CPU cores shared with other work, by window. Unpaired:
+resident MB 1209, 1209, 1209, 1210, 1211, 1212, 1213, 1213, 1213; median ms per step 28, 38, 38, 26,
+25, 26, 30, 26, 28. Paired: 1215, 1219, 1222, 1225, 1219, 1223, 1224, 1227, 1219 MB; 38, 41, 48, 50,
+54, 55, 53, 52, 52 ms, while a test run had begun beside it: whether that is the load alone this run
+can't tell.
 """
 
 import argparse
