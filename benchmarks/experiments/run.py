@@ -36,6 +36,7 @@ QUICKSTART = ROOT / "example_configs" / "quickstart"
 OUTPUTS = ROOT / "outputs" / "experiments"
 RESULTS = HERE / "results"
 SAMPLING_SEED = 7
+SWEEPS = ("methods", "batch", "beta", "learning_rate", "steps")
 
 
 def configs(sweep: str) -> list[dict[str, Any]]:
@@ -130,7 +131,7 @@ def measure(adapter: Path | None, base: Path, per_prompt: int) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweep", choices=("methods", "batch"))
+    parser.add_argument("sweep", choices=SWEEPS)
     parser.add_argument("--responses", type=int, default=2, help="per held-out prompt")
     args = parser.parse_args()
     os.chdir(ROOT)
