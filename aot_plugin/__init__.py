@@ -20,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from .data import strategy_factory
 
         return strategy_factory(name)
+    if name.startswith("paired_"):
+        from .data import paired_factory
+
+        return paired_factory(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

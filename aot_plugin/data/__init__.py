@@ -15,6 +15,7 @@ of ours is rewritten before the host validates it (``resolve_datasets``): its op
     threads.py     trees of messages -> rows, for one of the strategies
     render.py      an example -> the two strings that the model is trained on
     strategy.py    the above as the batched map that the host calls
+    tools.py       the host's paired types, with the rows' tools given to the template
     accounting.py  what became of every row
     loading.py     the host's loading, with checks and a table around it (heavy to import)
     tokens.py      those strings -> token ids, past what TRL's KTO trainer would make of them
@@ -24,9 +25,11 @@ from .accounting import check_labels
 from .entries import resolve_datasets, resolve_unpaired_datasets
 from .strategy import strategy_factory
 from .tokens import prepare_text_rows, prepare_tokens
+from .tools import paired_factory
 
 __all__ = [
     "check_labels",
+    "paired_factory",
     "prepare_text_rows",
     "prepare_tokens",
     "resolve_datasets",

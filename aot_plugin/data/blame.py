@@ -16,8 +16,14 @@ from axolotl.prompt_strategies.dpo import load as load_dpo
 from axolotl.prompt_strategies.kto import load as load_kto
 from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict
 
+from .options import ConversationOptions
+from .tools import TOOL_TYPES
+
+LOG = get_logger("axolotl.aot_plugin.data")
+TOOLS = ConversationOptions.model_fields["field_tools"].default
 TEXTS = {"paired": ("prompt", "chosen", "rejected"), "unpaired": ("prompt", "completion")}
 """The columns that a strategy of the host has to give, each with text in it."""
 
@@ -45,11 +51,13 @@ def naming_the_row(cfg: Any) -> Iterator[None]:
 
 
 def check_pairs(dataset: Dataset, entry: Any) -> None:
-    """No response of a pair may be absent.
+    """No response of a pair may be absent, and no tools may be forgotten.
 
     Raises:
-        BadRow: with the number of the first row that lacks one.
+        BadRow: with the number of the first row that lacks a response, or that has tools which
+            the entry's type would render if it were told to.
     """
+    _check_tools(dataset, entry)
     for field in (entry.get("field_chosen") or "chosen", entry.get("field_rejected") or "rejected"):
         if field not in dataset.column_names or not _nulls(dataset.data.column(field)):
             continue
@@ -62,6 +70,27 @@ def check_pairs(dataset: Dataset, entry: Any) -> None:
                     f"{entry['path']}, row {number}: `{field}` is null; remove the row, or write "
                     'an empty response as ""'
                 )
+
+
+def _check_tools(dataset: Dataset, entry: Any) -> None:
+    # An entry with `field_tools` has a type of ours by now; rows that need no type go to TRL, which
+    # renders their tools.
+    kind = entry.get("type")
+    if TOOLS not in dataset.column_names or not kind or str(kind).startswith("aot_plugin."):
+        return
+    number = next((n for n, tools in enumerate(dataset[TOOLS]) if tools), None)
+    if number is None:
+        return
+    if kind == "chat_template" or kind in TOOL_TYPES:
+        raise BadRow(
+            f"{entry['path']}, row {number} has `{TOOLS}`: write `field_tools: {TOOLS}` in the "
+            "entry to have them rendered, or remove the column"
+        )
+    LOG.warning(
+        "%s: the column `%s` has no effect: its type renders without a chat template",
+        entry["path"],
+        TOOLS,
+    )
 
 
 def _nulls(column: pa.ChunkedArray) -> int:
@@ -85,7 +114,7 @@ def _problems(cfg: Any, error: Exception) -> Iterator[str]:
                 yield f"`{where}[{index}]`: {entry['path']} can't be read: {_root(failure)}"
                 continue
             kind = entry["type"]
-            ours = isinstance(kind, str) and kind.startswith("aot_plugin.")
+            ours = isinstance(kind, str) and kind.startswith("aot_plugin.unpaired_")
             if ours and not unreadable:
                 continue  # our own types name their rows themselves
             strategy = _strategy(cfg, kind, index) if kind and not ours else _as_it_is
@@ -96,8 +125,18 @@ def _problems(cfg: Any, error: Exception) -> Iterator[str]:
             if (problem := _bad_row(rows, strategy, texts, cfg)) is not None:
                 number, what = problem
                 columns = ", ".join(rows.column_names)
-                name = kind if isinstance(kind, str) else "user-defined" if kind else "none"
-                yield f"{entry['path']}, row {number}: {what} (type {name}; the row has {columns})"
+                yield (
+                    f"{entry['path']}, row {number}: {what} (type {_type_name(kind, cfg)}; the row "
+                    f"has {columns})"
+                )
+
+
+def _type_name(kind: Any, cfg: Any) -> str:
+    """What the user has written as ``type``."""
+    if not isinstance(kind, str):
+        return "user-defined" if kind else "none"
+    resolved = (cfg["aot_datasets"] or {}).get(kind.removeprefix("aot_plugin.paired_"))
+    return resolved["strategy"] if resolved else kind
 
 
 def _strategy(cfg: Any, kind: Any, index: int) -> Callable[..., Any] | None:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from .options import LOADER_KEYS, plain
+from .tools import TOOL_TYPES
 
 LISTS = ("datasets", "test_datasets")
 
@@ -76,6 +77,9 @@ def _resolve(
         _check_repeats(host_entry, at, where, cfg)
         if where == "test_datasets":
             _check_same_options(host_entry, index, cfg)
+        if host_entry.get("field_tools"):
+            host_entry, resolved = _paired_with_tools(host_entry, at)
+            options[_digest(resolved)] = resolved
         # The host does not cut down `test_datasets:`.
         rewritten.append(kept_by_host(host_entry, mode) if where == "datasets" else host_entry)
     return rewritten, options
@@ -90,6 +94,21 @@ def _ours(entry: dict[str, Any], name: str, at: str) -> tuple[dict[str, Any], di
     _build(_strategies()[name].options, own, at)
     resolved = {"strategy": name, "options": own, "source": source}
     return {**source, "type": f"aot_plugin.unpaired_{_digest(resolved)}"}, resolved
+
+
+def _paired_with_tools(entry: dict[str, Any], at: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An entry of a host's type, for that type as ``tools.paired_factory`` widens it."""
+    name = entry.get("type")
+    name = "chat_template.default" if name == "chat_template" else name
+    if name not in TOOL_TYPES:
+        raise ValueError(
+            f"`{at}.field_tools`: rows of type {name} have no tools; it goes with "
+            f"{' or '.join(TOOL_TYPES)}"
+        )
+    own = {"field_tools": entry.pop("field_tools")}
+    source = {key: entry[key] for key in LOADER_KEYS if key in entry}
+    resolved = {"strategy": name, "options": own, "source": source}
+    return {**entry, "type": f"aot_plugin.paired_{_digest(resolved)}"}, resolved
 
 
 def _digest(resolved: Mapping[str, Any]) -> str:
@@ -116,7 +135,7 @@ def _check_repeats(entry: Mapping[str, Any], at: str, where: str, cfg: Mapping[s
 
 OPTION_KEYS = (
     *("field_messages", "field_chosen", "field_rejected", "message_property_mappings", "roles"),
-    *("chat_template", "chat_template_jinja"),
+    *("chat_template", "chat_template_jinja", "field_tools"),
 )
 """What the host's preference types read of an entry besides a user-defined type."""
 

@@ -36,6 +36,7 @@ class UnpairedDataset(_Loading, KTODataset):
 class PairedDataset(_Loading, DPODataset):
     """All that an entry of a paired run may say."""
 
+    field_tools: str | None = None
     chat_template: str | None = None
     chat_template_jinja: str | None = None
     message_property_mappings: dict[str, str] | None = None

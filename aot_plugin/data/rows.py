@@ -252,17 +252,24 @@ def without_nulls(value: Any) -> Any:
 def _tools(row: Row, options: ConversationOptions) -> list[dict[str, Any]] | None:
     required = "field_tools" in explicit(options)
     tools = cell(row, options.field_tools) if required else row.get(options.field_tools)
-    if isinstance(tools, str):  # many sets keep them as JSON
+    return as_tools(tools, options.field_tools)
+
+
+def as_tools(tools: Any, column: str) -> list[dict[str, Any]] | None:
+    """The tools of a row, which many sets keep as JSON; None if it has none.
+
+    Raises:
+        RowError: with the column and its value.
+    """
+    if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
         except json.JSONDecodeError as error:
-            raise RowError(
-                f"`{options.field_tools}`: {_short(tools)} is not JSON: {error}"
-            ) from None
+            raise RowError(f"`{column}`: {_short(tools)} is not JSON: {error}") from None
     else:
         tools = without_nulls(tools)
     if tools and not (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
-        raise RowError(f"`{options.field_tools}`: {_short(tools)} is not a list of tools")
+        raise RowError(f"`{column}`: {_short(tools)} is not a list of tools")
     return tools or None
 
 

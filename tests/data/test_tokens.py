@@ -242,6 +242,98 @@ def test_tools_and_reasoning_are_rendered(form, model_dir, config, tmp_path):
         assert tokenizer.decode(whole[len(trained) :]) == "\n"
 
 
+def tool_pairs():
+    """Pairs whose chosen response is the last turn of a conversation with tools."""
+    wrong = {"role": "assistant", "content": "I do not know."}
+    return [
+        {
+            "messages": row["messages"][:-1],
+            "chosen": row["messages"][-1],
+            "rejected": wrong | {"reasoning_content": "No idea."},
+            "tools": row["tools"],
+        }
+        for row in TOOL_ROWS
+    ]
+
+
+def paired_entry(tmp_path, rows, form, **options):
+    path = str(tmp_path / f"pairs.{form}")
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        write_rows(Path(path), rows)
+    kept = ("role", "content", "reasoning_content", "tool_calls")
+    return {
+        "path": path,
+        "type": "chat_template.default",
+        "chat_template": "jinja",
+        "chat_template_jinja": THINKING,
+        "message_property_mappings": {name: name for name in kept},
+    } | options
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["default", "argilla_chat"])
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_tools_of_pairs_are_rendered(form, whole, model_dir, config, trl_prepare, tmp_path):
+    rows, kind = tool_pairs(), "chat_template.default"
+    if whole:  # Axolotl's argilla_chat knows no further properties
+        kind, rows = "chat_template.argilla_chat", [*rows[3:], rows[3] | {"tools": [CLOCK]}]
+        for row in rows:
+            turns = row.pop("messages")
+            row |= {name: [*turns, row[name]] for name in ("chosen", "rejected")}
+    entry = paired_entry(tmp_path, rows, form, type=kind, field_tools="tools")
+    cfg = config(
+        [entry], "smollm2", aot_mode="paired", skip_prepare_dataset=True, sequence_len=2048
+    )
+    assert cfg.datasets[0].type.startswith("aot_plugin.paired_")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir("smollm2"))
+    prepared = prepare_text_rows(
+        load_datasets(cfg).train_dataset, trl_prepare("smollm2", paired=True), tokenizer
+    )
+    assert len(prepared) == len(rows)
+    for row, source in zip(prepared, rows, strict=True):
+        given = {"tools": source["tools"], "chat_template": THINKING}
+        for name in ("chosen", "rejected"):
+            turns = source[name] if whole else [*source["messages"], source[name]]
+            if whole:
+                turns = [{key: turn[key] for key in ("role", "content")} for turn in turns]
+            ids = tokenizer.apply_chat_template(turns, **given)["input_ids"]
+            trained = row["prompt_ids"] + row[f"{name}_ids"]
+            assert trained == ids[: len(trained)]
+            assert tokenizer.decode(ids[len(trained) :]) == "\n"
+        assert ("# Tools" in tokenizer.decode(row["prompt_ids"])) == bool(source["tools"])
+
+
+def test_tools_of_pairs_that_nobody_asked_for(config, tmp_path, caplog):
+    def load(entry):
+        return load_datasets(config([entry], aot_mode="paired", skip_prepare_dataset=True))
+
+    rows = tool_pairs()[::-1]
+    with pytest.raises(ValueError, match=r"pairs\.jsonl, row 1 has `tools`: write `field_tools"):
+        load(paired_entry(tmp_path, rows, "jsonl"))
+    texts = [
+        {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?", "tools": [CLOCK]} for _ in "ab"
+    ]
+    path = write_rows(tmp_path / "texts.jsonl", texts)
+    assert len(load({"path": path, "type": "chatml.prompt_pairs"}).train_dataset) == 2
+    assert "texts.jsonl: the column `tools` has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"field_tools": "functions"}, "row 0: there is no 'functions' .type chat_template.def"),
+        ({"field_tools": "broken"}, "row 2: .*`broken`: '{' is not JSON.*type chat_template.def"),
+        ({"field_tools": "tools", "type": "chatml.ultra"}, r"datasets\[0\]\.field_tools`.*ultra"),
+    ],
+)
+def test_tools_of_pairs_that_are_wrong(options, message, config, tmp_path):
+    rows = [row | {"broken": "{" if n == 2 else None} for n, row in enumerate(tool_pairs())]
+    entry = paired_entry(tmp_path, rows, "jsonl", **options)
+    with pytest.raises(ValueError, match=message):
+        load_datasets(config([entry], aot_mode="paired", skip_prepare_dataset=True))
+
+
 def test_a_reasoning_block_that_the_generation_prompt_has_opened(model_dir):
     tokenizer = AutoTokenizer.from_pretrained(model_dir("smollm2"))
     resolved = {"strategy": "chat_template.default", "source": {"path": "rows"}}
