@@ -3,7 +3,7 @@
 The sweeps are the host's (`axolotl train base.yml --sweep methods.yml` trains the same configs);
 this script adds what comes after training. Responses to held-out prompts are sampled from the
 trained model and scored by the rule that ranked the training data (VADER, in [-1, 1]). The
-divergence KL(policy | reference), in nats per response, is the mean of log pi - log pi_ref on them.
+divergence KL(policy | reference), in nats per response, is taken along them, token by token.
 A line per run goes into results/SWEEP.jsonl; a run that has its line is not repeated.
 
     python benchmarks/experiments/run.py methods
@@ -26,9 +26,7 @@ import torch
 import yaml
 from peft import PeftModel
 from prompts import make_prompts
-from sampling import load, read_jsonl, sample_responses, sentiment, write_jsonl
-
-from aot_plugin.logps import sequence_logps
+from sampling import load, read_jsonl, sample_tokens, sentiment, whole_sentences, write_jsonl
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -83,30 +81,24 @@ def train(cfg: dict[str, Any], name: str) -> None:
 
 
 @torch.no_grad()
-def divergence(model: Any, reference: Any, tokenizer: Any, prompts: list[str], texts: Any) -> Any:
-    """[responses] log pi - log pi_ref, in nats."""
-    ratios = []
-    for prompt, answers in zip(prompts, texts, strict=True):
-        head = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-        )
-        rows = [tokenizer(a, add_special_tokens=False).input_ids for a in answers]
-        width = len(head) + max(map(len, rows)) + 1
-        batch = {
-            key: torch.zeros(len(rows), width, dtype=torch.int64)
-            for key in ("input_ids", "attention_mask", "completion_mask")
-        }
-        for i, row in enumerate(rows):
-            tokens = [*head, *row, tokenizer.eos_token_id]
-            batch["input_ids"][i, : len(tokens)] = torch.tensor(tokens)
-            batch["attention_mask"][i, : len(tokens)] = 1
-            batch["completion_mask"][i, len(head) : len(tokens)] = 1
-        policy, base = (
-            sequence_logps(m, m.get_output_embeddings(), batch, share=True)
-            for m in (model, reference)
-        )
-        ratios += (policy - base).tolist()
-    return np.array(ratios)
+def divergence(model: Any, reference: Any, ids: torch.Tensor, start: int, eos: int) -> np.ndarray:
+    """[responses] KL(policy | reference) in nats along sampled responses.
+
+    The divergence of the next token's distribution is summed over the places up to the
+    end-of-sequence token. Its mean over samples of the policy is the divergence of the whole
+    response (the chain rule), without the noise of the sampled tokens' own log-ratios.
+    """
+    response = ids[:, start:]
+    places = (response == eos).cumsum(dim=1) - (response == eos).long() == 0
+    attended = torch.cat([(ids[:, :start] != eos).long().cummax(dim=1).values, places], dim=1)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": attended,
+        "position_ids": (attended.cumsum(dim=1) - 1).clamp(min=0),
+        "logits_to_keep": response.shape[1] + 1,
+    }
+    policy, base = (m(**inputs).logits[:, :-1].log_softmax(dim=-1) for m in (model, reference))
+    return ((policy.exp() * (policy - base)).sum(dim=-1) * places).sum(dim=1).numpy()
 
 
 def measure(adapter: Path | None, base: Path, per_prompt: int) -> dict[str, float]:
@@ -116,16 +108,25 @@ def measure(adapter: Path | None, base: Path, per_prompt: int) -> dict[str, floa
     if adapter is not None:
         model = PeftModel.from_pretrained(load(base)[0], adapter).merge_and_unload()
     prompts = make_prompts().heldout
-    texts = sample_responses(model, tokenizer, prompts, per_prompt, SAMPLING_SEED, "sampling")
-    scores = np.array([[sentiment(text) for text in answers] for answers in texts])
-    ratios = divergence(model, reference, tokenizer, prompts, texts)
+    sampled = list(sample_tokens(model, tokenizer, prompts, per_prompt, SAMPLING_SEED, "sampling"))
+    texts = [
+        whole_sentences(text)
+        for ids, start in sampled
+        for text in tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+    ]
+    # Both in float32: rounding of bf16 logits adds up to a divergence of its own.
+    model, reference = model.float(), reference.float()
+    ratios = np.concatenate(
+        [divergence(model, reference, *batch, tokenizer.eos_token_id) for batch in sampled]
+    )
+    scores = np.array([sentiment(text) for text in texts]).reshape(len(prompts), per_prompt)
     return {
         "responses": scores.size,
         "score": float(scores.mean()),
         "score_standard_error": float(scores.mean(axis=1).std(ddof=1) / len(prompts) ** 0.5),
         "kl": float(ratios.mean()),
         "kl_standard_error": float(ratios.std(ddof=1) / len(ratios) ** 0.5),
-        "words": float(np.mean([len(text.split()) for answers in texts for text in answers])),
+        "words": float(np.mean([len(text.split()) for text in texts])),
     }
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -48,17 +48,18 @@ def load(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 @torch.inference_mode()
-def sample_responses(
+def sample_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     per_prompt: int,
     seed: int,
     title: str,
-) -> list[list[str]]:
+) -> Iterator[tuple[torch.Tensor, int]]:
     """Sample ``per_prompt`` responses of each prompt from the model's own distribution.
 
-    Returns one list of responses per prompt, in the prompts' order.
+    Yields, for some prompts at a time and in their order, token ids [responses, width] padded on
+    both sides, and how many of a row's ids come before its response.
     """
     chats = [
         tokenizer.apply_chat_template(
@@ -67,7 +68,6 @@ def sample_responses(
         for prompt in prompts
     ]
     torch.manual_seed(seed)
-    responses: list[str] = []
     with tqdm(total=len(prompts) * per_prompt, desc=title, unit="response") as bar:
         for start in range(0, len(chats), PROMPTS_PER_BATCH):
             batch = tokenizer(
@@ -85,10 +85,23 @@ def sample_responses(
                 top_p=1.0,
                 num_return_sequences=per_prompt,
             )
-            new = output[:, batch["input_ids"].shape[1] :]
-            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-            responses += map(whole_sentences, texts)
-            bar.update(len(texts))
+            yield output, batch["input_ids"].shape[1]
+            bar.update(len(output))
+
+
+def sample_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    per_prompt: int,
+    seed: int,
+    title: str,
+) -> list[list[str]]:
+    """The texts of ``sample_tokens``, cut to whole sentences: one list per prompt."""
+    responses: list[str] = []
+    for ids, start in sample_tokens(model, tokenizer, prompts, per_prompt, seed, title):
+        texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+        responses += map(whole_sentences, texts)
     return [responses[i : i + per_prompt] for i in range(0, len(responses), per_prompt)]
 
 
