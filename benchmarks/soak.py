@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from harness import config, paired_rows, train, unpaired_rows, write_rows
+from harness import SMALLEST, config, paired_rows, random_model, train, unpaired_rows, write_rows
 from transformers import Trainer, TrainerCallback
 
 WINDOWS = 9
@@ -51,22 +51,11 @@ class Watch(TrainerCallback):
 
 def tiny_model(path: Path) -> Path:
     """One layer of eight dimensions, with the tokenizer of the quickstart's model."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     root = Path(__file__).parents[1]
     tokenizer = AutoTokenizer.from_pretrained(root / "outputs" / "smollm2-135m-instruct")
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    ).save_pretrained(path)
+    random_model(tokenizer, scale=1.0, tie_word_embeddings=True, **SMALLEST).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

@@ -24,6 +24,15 @@ WORDS = (
     "winter summer forest ocean silver"
 ).split()
 
+SMALLEST = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
+"""Sizes of a model whose numbers do not matter."""
+
 ENV = {
     **os.environ,
     "AXOLOTL_DO_NOT_TRACK": "1",
@@ -59,6 +68,66 @@ class Run:
         names = ("model.safetensors", "adapter_model.safetensors")
         path = next(self.checkpoint / name for name in names if (self.checkpoint / name).exists())
         return load_file(path)
+
+
+def random_model(
+    tokenizer: Any = None, kind: str = "Llama", seed: int = 0, scale: float = 3.0, **sizes: Any
+) -> Any:
+    """A random causal language model; two layers of 64 dimensions where ``sizes`` say nothing.
+
+    Args:
+        tokenizer: what the vocabulary's size and the special tokens are taken from.
+        kind: prefix of the classes' names in transformers.
+        scale: factor on all weights. At three times their usual size the log-probabilities of
+            responses differ by nats, and a few steps move them.
+        sizes: keys of the model's config.
+    """
+    import transformers
+
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    defaults = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    if tokenizer is not None:
+        defaults |= {"vocab_size": len(tokenizer)} | {k: getattr(tokenizer, k) for k in tokens}
+    config = getattr(transformers, f"{kind}Config")(**defaults | sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    return model
+
+
+def word_tokenizer(template: str, roles: list[str], special: list[str], **tokens: str) -> Any:
+    """One token per word: responses of equally many words have equal length.
+
+    Args:
+        template: the chat template, whose marks stand apart from words.
+        roles, special: tokens beside ``WORDS`` that the template writes; the latter are special.
+        tokens: ``bos_token``, ``eos_token``.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["<pad>", "<unk>", *tokens.values(), *special, *roles, *WORDS]
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=special,
+        **tokens,
+    )
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from harness import random_model
+
 MERLINITE = """\
 {%- for message in messages -%}
 {{ '<|' + message.role + '|>\n' + message.content }}
@@ -80,27 +82,10 @@ FAMILIES = {
 
 def make_tiny(base_model: str, smollm2: Path, folder: Path) -> Path:
     """Write the stand-in for a base model into an empty folder."""
-    import torch
-    import transformers
-
     prefix, make_tokenizer = FAMILIES[base_model]
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(smollm2, folder)
-    config = getattr(transformers, f"{prefix}Config")(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=4096,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        getattr(transformers, f"{prefix}ForCausalLM")(config).save_pretrained(folder)
+    model = random_model(tokenizer, prefix, scale=1.0, head_dim=16, max_position_embeddings=4096)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

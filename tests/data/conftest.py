@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from axolotl.cli.config import load_cfg
 from axolotl.utils.dict import DictDefault
 from data_helpers import SMOLLM2, make_tokenizer
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from harness import SMALLEST, random_model
+from transformers import AutoTokenizer, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 
@@ -25,17 +25,8 @@ def model_dir(tmp_path_factory):
         if family not in made:
             folder = made[family] = tmp_path_factory.mktemp(family)
             make_tokenizer(folder, family)
-            torch.manual_seed(0)
-            vocab = len(AutoTokenizer.from_pretrained(folder))
-            config = LlamaConfig(
-                vocab_size=vocab,
-                hidden_size=8,
-                intermediate_size=8,
-                num_hidden_layers=1,
-                num_attention_heads=1,
-                num_key_value_heads=1,
-            )
-            LlamaForCausalLM(config).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            random_model(tokenizer, **SMALLEST).save_pretrained(folder)
         return made[family]
 
     return make

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from harness import config, paired_rows, train, write_rows
+from harness import config, paired_rows, random_model, train, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -11,25 +11,12 @@ pytestmark = pytest.mark.slow
 def test_a_mixture_of_experts_trains_without_its_auxiliary_loss_only(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    import torch
-    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = MixtralForCausalLM(
-            MixtralConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                num_local_experts=4,
-                router_aux_loss_coef=0.001,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+    model = random_model(
+        tokenizer, "Mixtral", scale=1.0, num_local_experts=4, router_aux_loss_coef=0.001
+    )
     path = tmp_path / "mixtral"
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

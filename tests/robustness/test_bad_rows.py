@@ -10,11 +10,10 @@ import pytest
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.chat_templates import get_chat_template
-from harness import WORDS, config, paired_rows, unpaired_rows, write_config
+from harness import config, paired_rows, unpaired_rows, word_tokenizer, write_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
 MANY = settings(
     max_examples=20,
@@ -22,7 +21,6 @@ MANY = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-MARKS = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
 LONG = "long " * 20_000
 Row = dict[str, Any]
 Load = Callable[..., list[Row]]
@@ -31,17 +29,9 @@ Load = Callable[..., list[Row]]
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of a few words, which loads in no time, and the config of a model."""
-    vocabulary = {token: i for i, token in enumerate([*MARKS, "user", "assistant", *WORDS])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
+    tokenizer = word_tokenizer(
+        get_chat_template("chatml"), ["user", "assistant"], ["<|im_start|>"], eos_token="<|im_end|>"
     )
-    tokenizer.chat_template = get_chat_template("chatml")
     path = tmp_path_factory.mktemp("small")
     tokenizer.save_pretrained(path)
     LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(path)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import config, paired_rows, train, unpaired_rows, write_rows
+from harness import config, paired_rows, random_model, train, unpaired_rows, write_rows
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from aot_plugin import penalties
 from aot_plugin.logps import sequence_logps, weighted_logps_sum
@@ -20,23 +20,9 @@ VOCABULARY = 500
 
 
 def llama(longest: int, seed: int = 0) -> LlamaForCausalLM:
-    """Weights three times the usual size: the log-probabilities of responses differ by nats."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=longest,
-        tie_word_embeddings=True,
+    model = random_model(
+        seed=seed, vocab_size=VOCABULARY, max_position_embeddings=longest, tie_word_embeddings=True
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0)
     return model.eval()
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from harness import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, Qwen2Config
+from transformers import LlamaForCausalLM, MistralConfig, Qwen2Config
 
 from aot_plugin.logps import sequence_logps, sharing_is_exact, weighted_logps_sum
 from aot_plugin.prompts import SEQUENCE_KEY, may_share_prompts, probe, share_prompts
@@ -56,21 +57,8 @@ def batches(draw: st.DrawFn) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def model(word_tokenizer) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=len(word_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=None,
-    )
-    model = AutoModelForCausalLM.from_config(config).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0)
-    return model
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "sliding_window": None}
+    return random_model(word_tokenizer, "Mistral", **sizes).double()
 
 
 @given(batch=batches())
