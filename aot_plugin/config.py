@@ -8,6 +8,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -93,8 +94,8 @@ class AOTInputArgs(BaseModel):
 
 
 @dataclass
-class AOTTrainingArgs:
-    """The same options as training arguments (merged by the host into its own classes)."""
+class AOTOptions:
+    """The options that the trainer reads, and their defaults."""
 
     aot_penalty: str = "logistic"
     aot_loss: str = "transport"
@@ -103,6 +104,13 @@ class AOTTrainingArgs:
     aot_label_smoothing: float = 0.0
     aot_batch: str = "step"
     aot_report: bool = True
+
+
+@dataclass
+class AOTTrainingArgs(AOTOptions):
+    """The same as training arguments (merged by the host into its own classes)."""
+
+    aot_reference_folder: str = ""
 
 
 class _StrictInputArgs(AOTInputArgs):
@@ -185,7 +193,7 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
     if args.aot_sort_epsilon is not None and args.aot_sort != "soft":
         raise ValueError("`aot_sort_epsilon` needs `aot_sort: soft`")
 
-    defaults = AOTTrainingArgs()
+    defaults = AOTOptions()
     mode = args.aot_mode or "paired"
     updates: dict[str, Any] = {
         "rl": "dpo" if mode == "paired" else "kto",
@@ -201,7 +209,11 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments for the host's training-arguments class, from a validated config."""
-    kwargs = {key: cfg[key] for key in vars(AOTTrainingArgs())}
+    from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
+
+    kwargs = {key: cfg[key] for key in vars(AOTOptions())}
+    prepared = cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH
+    kwargs["aot_reference_folder"] = str(Path(prepared) / "aot_reference")
     if cfg["aot_mode"] == "unpaired":
         # A TRL loss type that needs no KL term spares the KTO trainer a forward pass that our
         # loss would not look at.
@@ -250,7 +262,7 @@ def _check_entries(cfg: Mapping[str, Any]) -> None:
 def _check_desugared(cfg: Mapping[str, Any]) -> None:
     # What the host writes beside a checkpoint is desugared, with all options; `trainer_cls` by a
     # user's hand is not.
-    missing = [key for key in ("aot_mode", *vars(AOTTrainingArgs())) if cfg.get(key) is None]
+    missing = [key for key in ("aot_mode", *vars(AOTOptions())) if cfg.get(key) is None]
     if missing:
         raise ValueError(
             f"`trainer_cls: {cfg['trainer_cls']}` is what `rl: aot` stands for; write `rl: aot` "

@@ -36,6 +36,7 @@ from .data import prepare_text_rows, prepare_tokens
 from .logps import sequence_logps, sharing_is_exact, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
 from .prompts import may_share_prompts
+from .reference import reference_file, reference_key
 from .registry import lookup
 from .report import Scores, log_figure_to_loggers, record_evaluation
 from .report.dominance import dominance_statistics
@@ -43,7 +44,10 @@ from .sampler import StratifiedSampler
 from .sequences import LOGPS_KEY, WEIGHT_KEY, Sequences, split_evenly
 from .transport import recoupled_fraction
 
-LOG = get_logger(__name__)
+LOG = get_logger("axolotl.aot_plugin.trainer")
+
+CACHED_FOR = ("max_length", "truncation_mode", "bf16", "fp16")
+"""Training arguments that reference log-probabilities depend on."""
 
 PAPER = {
     "title": "Distributional Preference Alignment of LLMs via Optimal Transport",
@@ -151,13 +155,24 @@ class AOTTrainerMixin(Trainer):
         )
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """TRL's, with one cache file for all ranks. The rank that prepared the data holds them in
-        another folder than the ranks that read what it prepared, and TRL has each rank look for
-        rank 0's file in a folder of its own."""
-        path = [dataset._get_cache_file_path("")]
-        broadcast_object_list(path, from_process=0)
-        folder = Path(path[0]).parent
-        dataset._get_cache_file_path = lambda key: str(folder / f"cache-{key}.arrow")
+        """TRL's, in a file that later runs with the same reference and tokens find again: beside
+        the prepared rows, named by ``reference_key``."""
+        args = self.args
+        file = [Path()]
+        if self.accelerator.is_main_process:
+            settings = {name: getattr(args, name, None) for name in CACHED_FOR}
+            key = reference_key(dataset, self.model, self.ref_model, settings)
+            file = [reference_file(Path(args.aot_reference_folder), key)]
+            if file[0].exists():
+                LOG.info("the %s dataset's reference log-probabilities are read: %s", name, file[0])
+        # One process decides whether they are there: another run may be about to write them.
+        broadcast_object_list(file, from_process=0)
+
+        def path(fingerprint: str) -> str:
+            del dataset._get_cache_file_path  # whatever else is cached has a file of its own
+            return str(file[0])
+
+        dataset._get_cache_file_path = path
         return super()._precompute_ref_logps(  # type: ignore[misc]  # TRL has it, not Trainer
             dataset, name, batch_size
         )

@@ -19,7 +19,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 
 import aot_plugin
 from aot_plugin import trainer as ours
-from aot_plugin.config import REFUSED, AOTTrainingArgs, training_args
+from aot_plugin.config import REFUSED, AOTOptions, AOTTrainingArgs, training_args
 from aot_plugin.plugin import AOTPlugin
 
 PACKAGE = Path(aot_plugin.__file__).parent
@@ -233,7 +233,7 @@ def test_config_keys_that_we_write_or_read() -> None:
 def test_training_arguments_that_we_write() -> None:
     from trl import KTOConfig
 
-    cfg = dict.fromkeys(vars(AOTTrainingArgs())) | {"aot_mode": "unpaired", "sequence_len": 8}
+    cfg = dict.fromkeys(vars(AOTOptions())) | {"aot_mode": "unpaired", "sequence_len": 8}
     written = training_args(cfg).keys() - vars(AOTTrainingArgs()).keys()
     assert written <= KTOConfig.__dataclass_fields__.keys()
     loss_type = KTOConfig.__dataclass_fields__["loss_type"].metadata

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from aot_plugin.config import DEFAULT_BETA, AOTInputArgs, AOTTrainingArgs
+from aot_plugin.config import DEFAULT_BETA, AOTInputArgs, AOTOptions
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 ROWS = {
@@ -22,7 +22,7 @@ def test_the_table_lists_every_option_and_no_other() -> None:
 
 
 def test_the_table_gives_the_defaults() -> None:
-    defaults = {**vars(AOTTrainingArgs()), "aot_mode": "paired", "rl_beta": DEFAULT_BETA}
+    defaults = {**vars(AOTOptions()), "aot_mode": "paired", "rl_beta": DEFAULT_BETA}
     for key, value in defaults.items():
         shown = ROWS[f"`{key}`"][2].strip("`")
         expected = str(value).lower() if isinstance(value, bool) else f"{value}"
