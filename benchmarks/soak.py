@@ -7,11 +7,10 @@ evaluates now and then. A callback reads the clock and the resident memory at ev
 tenth is left out (imports, caches and the allocator fill up there), and the rest is compared in
 windows.
 
-Seen on 2026-11-24, 2,000 steps each on two CPU cores shared with other work, by window. Unpaired:
-resident MB 1209, 1209, 1209, 1210, 1211, 1212, 1213, 1213, 1213; median ms per step 28, 38, 38, 26,
-25, 26, 30, 26, 28. Paired: 1215, 1219, 1222, 1225, 1219, 1223, 1224, 1227, 1219 MB; 38, 41, 48, 50,
-54, 55, 53, 52, 52 ms, while a test run had begun beside it: whether that is the load alone this run
-can't tell.
+2,000 steps each on a CPU core, by window. Unpaired (2026-11-24, beside other work): resident MB
+1209, 1209, 1209, 1210, 1211, 1212, 1213, 1213, 1213; median ms per step 28, 38, 38, 26, 25, 26, 30,
+26, 28. Paired (2026-11-25, alone on its core): 1343, 1347, 1352, 1354, 1355, 1355, 1355, 1356, 1357
+MB; 30, 27, 25, 25, 24, 26, 26, 26, 27 ms.
 """
 
 import argparse
