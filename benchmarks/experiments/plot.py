@@ -5,6 +5,7 @@ python benchmarks/experiments/plot.py
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parents[1] / "docs" / "figures"
@@ -26,13 +28,23 @@ def read(name: str) -> Rows:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def trained(rows: Rows) -> Rows:
-    return [row for row in rows if row["changes"] != {"rl": "none"}]
+def by(rows: Rows, name: Callable[[dict[str, Any]], str]) -> dict[str, Rows]:
+    """The runs by a name that is made of what they change."""
+    found: dict[str, Rows] = defaultdict(list)
+    for row in rows:
+        if row["changes"] != {"rl": "none"}:
+            found[name(row["changes"])].append(row)
+    return found
 
 
 def method(changes: dict[str, Any]) -> str:
     rl = changes.get("rl", "aot")
     return rl.upper() if rl != "aot" else f"AOT {changes.get('aot_mode', 'paired')}"
+
+
+def penalty(changes: dict[str, Any]) -> str:
+    name = changes.get("aot_penalty", "logistic").replace("_", " ")
+    return name + (", micro-batch only" if "aot_batch" in changes else "")
 
 
 def base_line(axes: Any, rows: Rows) -> None:
@@ -44,46 +56,72 @@ def save(figure: Any, name: str) -> None:
     figure.savefig(FIGURES / f"{name}.png", dpi=110, bbox_inches="tight")
 
 
+def errorbar(axes: Any, runs: Rows, x: list[float], **style: Any) -> None:
+    scores, errors = ([run[key] for run in runs] for key in ("score", "score_standard_error"))
+    axes.errorbar(x, scores, yerr=errors, elinewidth=0.7, **style)
+
+
 def methods(rows: Rows) -> None:
-    found: dict[str, Rows] = defaultdict(list)
-    for row in trained(rows):
-        found[method(row["changes"])].append(row)
-    figure, axes = plt.subplots(figsize=(6.5, 4.5))
+    """A curve per method: over learning rates, and at that of methods.yml over seeds."""
+    seeds, rates = by(rows, method), by(read("learning_rate"), method)
+    figure, axes = plt.subplots(figsize=(7, 4.8))
     base_line(axes, rows)
-    for (name, runs), (marker, _) in zip(sorted(found.items()), STYLES, strict=False):
-        axes.errorbar(
-            [run["kl"] for run in runs],
-            [run["score"] for run in runs],
-            xerr=[run["kl_standard_error"] for run in runs],
-            yerr=[run["score_standard_error"] for run in runs],
-            fmt=marker,
-            elinewidth=0.7,
-            label=f"{name}, {len(runs)} seed{'s' * (len(runs) > 1)}",
-        )
-    axes.set(xlabel="KL(policy | reference) in nats per response", ylabel=SCORE)
-    axes.set_title("Four steps of 16 pairs (or 32 rows)")
-    axes.legend(loc="lower right")
+    for index, (name, (marker, dash)) in enumerate(zip(sorted(seeds), STYLES, strict=False)):
+        middle = {key: float(np.mean([run[key] for run in seeds[name]])) for key in ("kl", "score")}
+        curve = sorted([middle, *rates[name]], key=lambda run: run["kl"])
+        color = f"C{index}"
+        axes.plot([r["kl"] for r in curve], [r["score"] for r in curve], dash, color=color)
+        for runs, face in ((seeds[name], color), (rates[name], "white")):
+            label = f"{name}, {len(runs)} seeds" if runs is seeds[name] else None
+            style = {"fmt": marker, "color": color, "markerfacecolor": face, "label": label}
+            errorbar(axes, runs, [run["kl"] for run in runs], **style)
+    axes.set(xlabel="KL(policy | reference) in nats per response", ylabel=SCORE, xscale="log")
+    axes.set_title("Four steps; filled: learning rate 0.001, open: others, one seed")
+    axes.legend(loc="upper left")
     save(figure, "methods")
 
 
+def beta(rows: Rows) -> None:
+    figure, (upper, lower) = plt.subplots(2, sharex=True, figsize=(6.5, 6))
+    base_line(upper, rows)
+    for (name, runs), (marker, dash) in zip(sorted(by(rows, method).items()), STYLES, strict=False):
+        runs = sorted(runs, key=beta_of)
+        errorbar(upper, runs, [beta_of(run) for run in runs], fmt=marker + dash, label=name)
+        lower.plot([beta_of(run) for run in runs], [run["kl"] for run in runs], marker + dash)
+    upper.set(ylabel=SCORE, title="Four steps, logistic penalty, one seed")
+    lower.set(xlabel="beta", ylabel="KL(policy | reference), nats", xscale="log")
+    upper.legend()
+    save(figure, "beta")
+
+
+def beta_of(row: dict[str, Any]) -> float:
+    return row["changes"].get("rl_beta", 0.1)
+
+
+def steps(rows: Rows) -> None:
+    figure, axes = plt.subplots(figsize=(6.5, 4.5))
+    names = {"step": "sorted over the step", "micro_batch": "inside micro-batches of one (DPO)"}
+    found = by(rows, lambda changes: names[changes["aot_batch"]])
+    for (name, runs), (marker, dash) in zip(sorted(found.items()), STYLES, strict=False):
+        for seed in sorted({run["changes"].get("seed", 1) for run in runs}):
+            mine = [run for run in runs if run["changes"].get("seed", 1) == seed]
+            mine.sort(key=lambda run: run["kl"])
+            style = {"fmt": marker + dash, "label": f"{name}, seed {seed}"}
+            errorbar(axes, mine, [run["kl"] for run in mine], **style)
+    axes.set(xlabel="KL(policy | reference) in nats per response", ylabel=SCORE)
+    axes.set_title("8 and 16 steps of 8 pairs")
+    axes.legend(fontsize="small", loc="lower right")
+    save(figure, "steps")
+
+
 def batch(rows: Rows) -> None:
-    found: dict[str, Rows] = defaultdict(list)
-    for row in trained(rows):
-        changes = row["changes"]
-        name = changes.get("aot_penalty", "logistic").replace("_", " ")
-        found[name + (", micro-batch only" if "aot_batch" in changes else "")].append(row)
+    found = by(rows, penalty)
     figure, axes = plt.subplots(figsize=(6.5, 4.5))
     base_line(axes, rows)
     for (name, runs), (marker, dash) in zip(sorted(found.items()), STYLES, strict=False):
         runs = sorted(runs, key=effective_batch)
-        axes.errorbar(
-            [effective_batch(run) for run in runs],
-            [run["score"] for run in runs],
-            yerr=[run["score_standard_error"] for run in runs],
-            fmt=marker + dash,
-            elinewidth=0.7,
-            label=name,
-        )
+        x = [effective_batch(run) for run in runs]
+        errorbar(axes, runs, x, fmt=marker + dash, label=name)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="effective batch (pairs)", ylabel=SCORE, title="Four steps, one seed")
     axes.legend(loc="lower right")
@@ -119,7 +157,7 @@ def rate(rows: Rows) -> None:
 
 
 def main() -> None:
-    for draw in (methods, batch, rate):
+    for draw in (methods, batch, beta, steps, rate):
         rows = read(draw.__name__)
         if rows:
             draw(rows)
