@@ -1,6 +1,8 @@
 """Images reach real loggers, offline, and are read back from what these wrote."""
 
 import io
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -54,36 +56,48 @@ def test_wandb_offline(picture, tmp_path, monkeypatch):
         run.finish()
 
 
-def test_mlflow_gets_an_artifact(picture, monkeypatch):
+def test_mlflow_gets_an_artifact(picture, tmp_path, monkeypatch):
+    # Files, where a database would need more than the light package.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow = pytest.importorskip("mlflow")
     path, _ = picture
-    calls = []
-    mlflow = SimpleNamespace(
-        active_run=lambda: "a run",
-        log_artifact=lambda local_path, artifact_path: calls.append((local_path, artifact_path)),
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"file://{tmp_path / 'mlruns'}")
+    try:
+        with mlflow.start_run():
+            assert log_figure_to_loggers(path, 7, ["mlflow"]) == ["mlflow"]
+    finally:
+        mlflow.set_tracking_uri(before)
+    [stored] = tmp_path.glob("mlruns/**/artifacts/aot/*.png")
+    assert stored.name == path.name
+    assert stored.read_bytes() == path.read_bytes()
+
+
+TRACKIO = """
+import sys
+import trackio
+from aot_plugin.report import log_figure_to_loggers
+
+trackio.init(project="aot-plugin-test", name="run")
+print("TOOK", log_figure_to_loggers(sys.argv[1], 7, ["trackio"]))
+trackio.finish()
+"""
+
+
+def test_trackio_gets_an_image(picture, tmp_path):
+    """In a process of its own: trackio reads where to write when it is imported."""
+    pytest.importorskip("trackio")
+    path, pixels = picture
+    done = subprocess.run(
+        [sys.executable, "-c", TRACKIO, str(path)],
+        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    assert log_figure_to_loggers(path, 7, ["mlflow"]) == ["mlflow"]
-    assert calls == [(str(path), "aot")]
-
-
-def test_trackio_gets_an_image(picture, monkeypatch):
-    path, _ = picture
-    calls = []
-    run = SimpleNamespace(get=lambda: "a run")
-    trackio = SimpleNamespace(
-        context_vars=SimpleNamespace(current_run=run),
-        Image=lambda file: ("image", file),
-        log=calls.append,
-    )
-    monkeypatch.setitem(sys.modules, "trackio", trackio)
-    assert log_figure_to_loggers(path, 7, ["trackio"]) == ["trackio"]
-    assert calls == [{"aot/quantiles-eval_set": ("image", str(path)), "train/global_step": 7}]
-
-
-def test_the_real_trackio_has_the_names_used():
-    trackio = pytest.importorskip("trackio")
-    assert trackio.context_vars.current_run.get() is None
-    assert callable(trackio.Image) and callable(trackio.log)
+    assert "TOOK ['trackio']" in done.stdout
+    [stored] = tmp_path.glob("trackio/media/**/*.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(stored)), pixels)
 
 
 def test_libraries_that_are_not_loaded_stay_so(picture, monkeypatch):
