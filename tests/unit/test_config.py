@@ -14,7 +14,7 @@ from aot_plugin.config import (
     REFUSED,
     UNPAIRED_TRAINER,
     AOTInputArgs,
-    AOTTrainingArgs,
+    AOTOptions,
     desugar,
     training_args,
 )
@@ -112,8 +112,8 @@ def test_inference_ignores_the_options() -> None:
     assert desugar({"rl": None, "inference": True, "aot_mode": "unpaired"}) == {}
 
 
-def test_every_training_argument_is_an_input_with_the_documented_default() -> None:
-    for key, default in vars(AOTTrainingArgs()).items():
+def test_every_option_is_an_input_with_the_documented_default() -> None:
+    for key, default in vars(AOTOptions()).items():
         description = AOTInputArgs.model_fields[key].json_schema_extra["description"]
         shown = (
             "true" if default is True else f"{default:g}" if isinstance(default, float) else default
