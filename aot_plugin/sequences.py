@@ -1,11 +1,13 @@
 """The sequences of an optimizer step, freed from the micro-batches in which they came.
 
 After the transport move every sequence has a fixed weight of its own, so any regrouping into
-micro-batches gives the same gradient. Grouping by length removes most of the padding, and keeping
-the sequences of a prompt together lets the prompt be encoded once.
+micro-batches gives the same gradient. Grouping by length removes most of the padding, equal shares
+of the tokens lower the peak of memory, and keeping the sequences of a prompt together lets the
+prompt be encoded once.
 """
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,25 +47,29 @@ class Sequences:
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.input_ids]
 
-    def by_length(self) -> list[int]:
-        """Row numbers from the longest row to the shortest: memory peaks at the first batch, so
+    def groups(self, parts: int, by_prompt: bool) -> list[list[int]]:
+        """The row numbers of ``parts`` micro-batches, none empty, whose largest is as small as
+        it can be; rows of one prompt stay together if ``by_prompt``."""
+        blocks = self.by_prompt() if by_prompt else self.by_length()
+        if len(blocks) < parts:
+            blocks = self.by_length()
+        return split_by_tokens(blocks, parts)
+
+    def by_length(self) -> list["Block"]:
+        """Each row alone, from the longest to the shortest: memory peaks at the first batch, so
         a run that is going to exhaust it does so at once."""
+        blocks = [(tokens, [row]) for row, tokens in enumerate(self.lengths())]
+        return sorted(blocks, key=lambda block: -block[0])
+
+    def by_prompt(self) -> list["Block"]:
+        """The rows of each prompt, from the prompt with the most tokens (its own, once, and those
+        of its completions) to that with the fewest."""
         lengths = self.lengths()
-        return sorted(range(len(self)), key=lambda row: -lengths[row])
-
-    def by_prompt(self) -> list[int]:
-        """Row numbers with those of equal prompt side by side, from the prompt with the most tokens
-        (its own, once, and those of its completions) to that with the fewest."""
-        lengths = self.lengths()
-
-        def tokens(prompt: tuple[int, list[int]]) -> int:
-            prompt_length, rows = prompt
-            return prompt_length + sum(lengths[row] - prompt_length for row in rows)
-
-        prompts = sorted(
-            distinct_prompts(self.input_ids, self.completion_mask), key=tokens, reverse=True
-        )
-        return [row for _, rows in prompts for row in rows]
+        blocks = [
+            (prompt + sum(lengths[row] - prompt for row in rows), rows)
+            for prompt, rows in distinct_prompts(self.input_ids, self.completion_mask)
+        ]
+        return sorted(blocks, key=lambda block: -block[0])
 
     def collate(self, rows: Sequence[int], pad_token_id: int, multiple: int = 1) -> dict[str, Any]:
         """A right-padded batch of these rows, its width rounded up to a multiple."""
@@ -83,11 +89,32 @@ class Sequences:
         }
 
 
-def split_evenly(rows: Sequence[int], parts: int) -> Iterator[Sequence[int]]:
-    """Consecutive runs of rows, ``parts`` of them, whose sizes differ by at most one."""
-    base, extra = divmod(len(rows), parts)
-    start = 0
-    for part in range(parts):
-        end = start + base + (part < extra)
-        yield rows[start:end]
-        start = end
+Block = tuple[int, list[int]]
+"""Tokens of a row of the model's input, and the numbers of the sequences that it holds."""
+
+
+def split_by_tokens(blocks: Sequence[Block], parts: int) -> list[list[int]]:
+    """Cut blocks, ordered from long to short, into ``parts`` runs that hold at least one each.
+
+    A run costs what it takes padded: its number of blocks times the tokens of its longest. The
+    cost of the dearest run, which decides the peak of memory, is the least possible: few long
+    rows meet in one batch, and many short ones in another.
+    """
+
+    def runs(limit: int) -> list[list[Block]]:
+        """From the left, each as long as the limit lets it be and the others need no block."""
+        found: list[list[Block]] = []
+        start = 0
+        for waiting in reversed(range(parts)):
+            fits = limit // max(blocks[start][0], 1) if waiting else len(blocks)
+            end = min(start + max(fits, 1), len(blocks) - waiting)
+            found.append(list(blocks[start:end]))
+            start = end
+        return found
+
+    def dearest(limit: int) -> int:
+        return max(len(run) * run[0][0] for run in runs(limit))
+
+    most = len(blocks) * blocks[0][0]
+    limit = bisect_left(range(most), True, key=lambda limit: dearest(limit) <= limit)
+    return [[row for _, rows in run for row in rows] for run in runs(limit)]

@@ -41,7 +41,7 @@ from .registry import lookup
 from .report import Scores, log_figure_to_loggers, record_evaluation
 from .report.dominance import dominance_statistics
 from .sampler import StratifiedSampler
-from .sequences import LOGPS_KEY, WEIGHT_KEY, Sequences, split_evenly
+from .sequences import LOGPS_KEY, WEIGHT_KEY, Sequences
 from .transport import recoupled_fraction
 
 LOG = get_logger("axolotl.aot_plugin.trainer")
@@ -194,12 +194,7 @@ class AOTTrainerMixin(Trainer):
         """Moves 1 and 2 for a step of several micro-batches."""
         self.model_wrapped.train()  # as in the backward pass: both must see the same network
         sequences = Sequences.from_batches(batches)
-        order = (
-            sequences.by_prompt()
-            if self._shares_prompts(self.model_wrapped)
-            else sequences.by_length()
-        )
-        groups = list(split_evenly(order, len(batches)))
+        groups = sequences.groups(len(batches), self._shares_prompts(self.model_wrapped))
         micro_batches = [self._collate(sequences, rows) for rows in groups]
         logps = torch.empty(len(sequences), device=self.args.device)
         ref_logps = torch.empty_like(logps)

@@ -105,7 +105,7 @@ def test_a_batch_that_would_grow_is_left_alone():
 @given(batch=batches())
 def test_rows_of_a_prompt_stand_side_by_side(batch):
     sequences = Sequences.from_batches([batch])
-    order = sequences.by_prompt()
+    order = [row for _, rows in sequences.by_prompt() for row in rows]
     assert sorted(order) == list(range(len(sequences)))
     prompts = []
     for row in order:

@@ -1,5 +1,7 @@
 """Taking batches apart and regrouping their rows."""
 
+from itertools import accumulate, combinations, pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from aot_plugin.logps import sequence_logps
-from aot_plugin.sequences import Sequences, split_evenly
+from aot_plugin.sequences import Sequences, split_by_tokens
 
 PAD = 7
 rows_of_tokens = st.lists(
@@ -76,20 +78,33 @@ def test_collating_and_taking_apart_is_a_roundtrip(rows: list):
 
 @given(rows_of_tokens)
 def test_by_length_is_a_permutation_from_long_to_short(rows: list):
-    order = sequences_of(rows).by_length()
-    assert sorted(order) == list(range(len(rows)))
-    lengths = [len(rows[row]) for row in order]
-    assert lengths == sorted(lengths, reverse=True)
+    blocks = sequences_of(rows).by_length()
+    assert sorted(row for _, block in blocks for row in block) == list(range(len(rows)))
+    assert [tokens for tokens, _ in blocks] == [len(rows[row]) for _, (row,) in blocks]
+    assert [tokens for tokens, _ in blocks] == sorted(map(len, rows), reverse=True)
 
 
-@given(st.integers(0, 50), st.integers(1, 20))
-def test_split_evenly(n: int, parts: int):
-    rows = list(range(n))
-    groups = list(split_evenly(rows, parts))
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=9), st.data())
+def test_no_other_cut_has_a_smaller_largest_part(tokens: list[int], data: st.DataObject):
+    tokens.sort(reverse=True)
+    parts = data.draw(st.integers(1, len(tokens)))
+
+    def largest(sizes: list[int]) -> int:
+        starts = list(accumulate(sizes, initial=0))
+        return max(size * tokens[start] for size, start in zip(sizes, starts[:-1], strict=True))
+
+    groups = split_by_tokens([(n, [row]) for row, n in enumerate(tokens)], parts)
     assert len(groups) == parts
-    assert [row for group in groups for row in group] == rows
-    sizes = list(map(len, groups))
-    assert max(sizes) - min(sizes) <= 1
+    assert all(groups)
+    assert [row for group in groups for row in group] == list(range(len(tokens)))
+    cuts = combinations(range(1, len(tokens)), parts - 1)
+    sizes = [[b - a for a, b in pairwise([0, *cut, len(tokens)])] for cut in cuts]
+    assert largest(list(map(len, groups))) == min(map(largest, sizes))
+
+
+def test_a_prompt_with_more_rows_than_micro_batches_is_divided():
+    rows = [[(1, False), (2, True)]] * 4
+    assert sorted(map(len, sequences_of(rows).groups(3, by_prompt=True))) == [1, 1, 2]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -115,8 +130,8 @@ def test_any_grouping_gives_the_same_gradient(tiny_llama: LlamaForCausalLM, seed
     shuffled = torch.randperm(len(rows), generator=generator).tolist()
     assert expected.norm() > 1
     for groups, multiple in (
-        (list(split_evenly(sequences.by_length(), 4)), 1),
-        (list(split_evenly(shuffled, 3)), 8),
+        (sequences.groups(4, by_prompt=False), 1),
+        ([shuffled[::3], shuffled[1::3], shuffled[2::3]], 8),
         ([[row] for row in shuffled], 1),
     ):
         error = (gradient(groups, multiple) - expected).norm() / expected.norm()
