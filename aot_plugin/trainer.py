@@ -11,7 +11,7 @@ The loss of a step is a function of one vector, the log-probabilities of all its
 4. *report* the true loss and the dominance statistics.
 
 A step of one micro-batch has its scores in hand while it is in the forward pass, so moves 1 and 3
-are one pass there.
+are one pass there. So are they for micro-batches of one row (see ``held``).
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from .data import prepare_text_rows, prepare_tokens
+from .held import GRADIENT_KEY, Gradient, held_surrogate
 from .logps import sequence_logps, sharing_is_exact, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
 from .prompts import may_share_prompts
@@ -45,6 +46,9 @@ from .sequences import LOGPS_KEY, WEIGHT_KEY, Sequences
 from .transport import recoupled_fraction
 
 LOG = get_logger("axolotl.aot_plugin.trainer")
+
+HELD_SHARE = 1 / 3
+"""Memory that held gradients may take in a step, as a share of what the model's weights take."""
 
 CACHED_FOR = ("max_length", "truncation_mode", "bf16", "fp16")
 """Training arguments that reference log-probabilities depend on."""
@@ -194,14 +198,25 @@ class AOTTrainerMixin(Trainer):
         """Moves 1 and 2 for a step of several micro-batches."""
         self.model_wrapped.train()  # as in the backward pass: both must see the same network
         sequences = Sequences.from_batches(batches)
-        groups = sequences.groups(len(batches), self._shares_prompts(self.model_wrapped))
+        labels = torch.cat([self._labels(batch) for batch in batches])
+        held = self._gradients_to_hold(batches)
+        if held:
+            # Each row stays by itself, the longest first: memory peaks while none is held yet.
+            size, lengths = self._sequences_per_row, sequences.lengths()
+            groups = [list(range(i, i + size)) for i in range(0, len(sequences), size)]
+            groups.sort(key=lambda rows: -sum(lengths[row] for row in rows))
+        else:
+            groups = sequences.groups(len(batches), self._shares_prompts(self.model_wrapped))
         micro_batches = [self._collate(sequences, rows) for rows in groups]
         logps = torch.empty(len(sequences), device=self.args.device)
         ref_logps = torch.empty_like(logps)
-        for rows, batch in zip(reversed(groups), reversed(micro_batches), strict=True):
+        for number in (*range(held), *reversed(range(held, len(groups)))):
+            rows, batch = groups[number], micro_batches[number]
             if not self.precompute_ref_logps:
                 ref_logps[rows] = self._reference_logps(self.model_wrapped, batch)
-            if batch is micro_batches[0] and self._keeps_graph():
+            if number < held:
+                logps[rows], batch[GRADIENT_KEY] = self._logps_and_gradient(batch, labels[rows])
+            elif number == 0 and self._keeps_graph():
                 with self.compute_loss_context_manager():
                     batch[LOGPS_KEY] = self._policy_logps(self.model_wrapped, batch)
                 logps[rows] = batch[LOGPS_KEY].detach()
@@ -210,8 +225,12 @@ class AOTTrainerMixin(Trainer):
                     logps[rows] = self._policy_logps(self.model_wrapped, batch)
         if self.precompute_ref_logps:
             ref_logps = torch.cat([self._cached_ref_logps(batch) for batch in batches])
-        labels = torch.cat([self._labels(batch) for batch in batches])
         weights = self._transport(logps, ref_logps, labels)
+        signed = torch.where(labels, weights, -weights)
+        if any((signed[rows] != signed[rows[0]]).any() for rows in groups[:held]):
+            # A loss of another package that looks at more of a pair than its margin.
+            for batch in micro_batches[:held]:
+                del batch[GRADIENT_KEY]
         for rows, batch in zip(groups, micro_batches, strict=True):
             batch[WEIGHT_KEY] = weights[rows]
         return micro_batches
@@ -230,6 +249,39 @@ class AOTTrainerMixin(Trainer):
         """
         offloads = getattr(self.args, "activation_offloading", False)
         return self.model_wrapped is self.model and not offloads
+
+    def _gradients_to_hold(self, batches: list[dict[str, Any]]) -> int:
+        """How many micro-batches are scored along with their gradient, which is held until the
+        transport move says by what it is multiplied.
+
+        For micro-batches of one row, where the gradients fit. In fp16 they would lack the scale of
+        the loss; reentrant checkpointing can't give a gradient without adding it to the step's.
+        """
+        one_row = all(len(batch["input_ids"]) == self._sequences_per_row for batch in batches)
+        checkpointing = self.args.gradient_checkpointing_kwargs or {}
+        reentrant = checkpointing.get("use_reentrant") is not False
+        if (
+            not one_row
+            or not self._keeps_graph()
+            or self.args.fp16
+            or (self.args.gradient_checkpointing and reentrant)
+        ):
+            return 0
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        gradient = sum(parameter.nbytes for parameter in self._trainable())
+        return min(len(batches), int(weights * HELD_SHARE / gradient))
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _logps_and_gradient(self, batch: dict[str, Any], labels: Tensor) -> tuple[Tensor, Gradient]:
+        """Log-probabilities of one row's sequences, and the gradient of the first one's less the
+        other one's (paired), whose factor is the first one's weight."""
+        with self.compute_loss_context_manager():
+            logps = self._policy_logps(self.model_wrapped, batch)
+        score = torch.where(labels == labels[0], logps, -logps).sum()
+        gradient = torch.autograd.grad(score, self._trainable(), allow_unused=True)
+        return logps.detach(), gradient
 
     def _shares_prompts(self, model: nn.Module) -> bool:
         """Whether sequences with one prompt may encode it once; settled by the first ``model``,
@@ -331,6 +383,9 @@ class AOTTrainerMixin(Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """The surrogate whose gradient is the step's: sum of weight x logp(theta)."""
+        if GRADIENT_KEY in inputs:
+            factor = inputs[WEIGHT_KEY][0]
+            return held_surrogate(factor, inputs[GRADIENT_KEY], self._trainable())
         if LOGPS_KEY in inputs:
             return (inputs[WEIGHT_KEY] * inputs[LOGPS_KEY]).sum()
         if WEIGHT_KEY in inputs:

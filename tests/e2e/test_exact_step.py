@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
+from safetensors.torch import load_file
+
+from aot_plugin import losses, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +113,64 @@ def test_adapters_and_checkpointing(adapter: str, tiny_model: Path, tmp_path: Pa
     cutter = Cutter(tmp_path, tiny_model, "paired", **keys)
     whole = cutter.run(16, 1)
     assert_same(cutter.run(2, 8), whole)
+    assert_same(cutter.run(1, 16), whole)
     assert_differs(cutter.run(2, 8, aot_batch="micro_batch"), whole)
+
+
+LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+
+
+class Held:
+    """Counts the gradients that are held, and those that are used."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+        self.taken = self.used = 0
+        take, use = trainer.AOTTrainerMixin._logps_and_gradient, trainer.held_surrogate
+
+        def counted_take(*args: Any) -> Any:
+            self.taken += 1
+            return take(*args)
+
+        def counted_use(*args: Any) -> Any:
+            self.used += 1
+            return use(*args)
+
+        monkeypatch.setattr(trainer.AOTTrainerMixin, "_logps_and_gradient", counted_take)
+        monkeypatch.setattr(trainer, "held_surrogate", counted_use)
+        monkeypatch.setattr(trainer, "HELD_SHARE", share)
+
+
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+@pytest.mark.parametrize("fit", [0, 5, 16])
+def test_held_gradients(
+    mode: str, fit: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches of one row: as many gradients are held as fit, and the run is the same."""
+    cutter = Cutter(tmp_path, tiny_model, mode, **LORA)
+    whole = cutter.run(16, 1)
+    adapter = sum(p.nbytes for p in whole.parameters.values())
+    base = sum(p.nbytes for p in load_file(tiny_model / "model.safetensors").values())
+    held = Held(monkeypatch, (fit + 0.5) * adapter / (base + adapter))
+    assert_same(cutter.run(1, 16), whole)
+    assert (held.taken, held.used) == (5 * fit, 5 * fit)
+    assert_differs(cutter.run(2, 8, aot_batch="micro_batch"), whole)
+
+
+def test_a_loss_of_more_than_margins_uses_no_held_gradient(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two responses of a pair then count by different factors."""
+
+    def lopsided(step: Any, options: Any) -> Any:
+        return losses.transport(step, options) - 0.01 * step.chosen.mean()
+
+    monkeypatch.setitem(losses.BUILTIN, "lopsided", lopsided)
+    cutter = Cutter(tmp_path, tiny_model, "paired", **LORA, learning_rate=0.01, aot_loss="lopsided")
+    whole = cutter.run(16, 1)
+    held = Held(monkeypatch, 100.0)
+    assert_same(cutter.run(1, 16), whole)
+    assert (held.taken, held.used) == (5 * 16, 0)
+    assert_differs(cutter.run(1, 16, aot_loss="transport"), whole)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
