@@ -88,9 +88,10 @@ def beta(rows: Rows) -> None:
         runs = sorted(runs, key=beta_of)
         errorbar(upper, runs, [beta_of(run) for run in runs], fmt=marker + dash, label=name)
         lower.plot([beta_of(run) for run in runs], [run["kl"] for run in runs], marker + dash)
-    upper.set(ylabel=SCORE, title="Four steps, logistic penalty, one seed")
+    upper.set(ylabel="mean sentiment (VADER)", title="Four steps, logistic penalty, one seed")
+    upper.set_ylim(bottom=0.3)
     lower.set(xlabel="beta", ylabel="KL(policy | reference), nats", xscale="log")
-    upper.legend()
+    upper.legend(loc="lower left", ncols=3, fontsize="small")
     save(figure, "beta")
 
 
