@@ -98,7 +98,8 @@ def split_by_tokens(blocks: Sequence[Block], parts: int) -> list[list[int]]:
 
     A run costs what it takes padded: its number of blocks times the tokens of its longest. The
     cost of the dearest run, which decides the peak of memory, is the least possible: few long
-    rows meet in one batch, and many short ones in another.
+    rows meet in one batch, and many short ones in another. Dearest first, so that what one batch
+    frees has room for the next.
     """
 
     def runs(limit: int) -> list[list[Block]]:
@@ -112,9 +113,9 @@ def split_by_tokens(blocks: Sequence[Block], parts: int) -> list[list[int]]:
             start = end
         return found
 
-    def dearest(limit: int) -> int:
-        return max(len(run) * run[0][0] for run in runs(limit))
+    def cost(run: list[Block]) -> int:
+        return len(run) * run[0][0]
 
     most = len(blocks) * blocks[0][0]
-    limit = bisect_left(range(most), True, key=lambda limit: dearest(limit) <= limit)
-    return [[row for _, rows in run for row in rows] for run in runs(limit)]
+    limit = bisect_left(range(most), True, key=lambda limit: max(map(cost, runs(limit))) <= limit)
+    return [[row for _, rows in run for row in rows] for run in sorted(runs(limit), key=cost)[::-1]]

@@ -94,6 +94,9 @@ def test_no_other_cut_has_a_smaller_largest_part(tokens: list[int], data: st.Dat
         return max(size * tokens[start] for size, start in zip(sizes, starts[:-1], strict=True))
 
     groups = split_by_tokens([(n, [row]) for row, n in enumerate(tokens)], parts)
+    costs = [len(group) * tokens[group[0]] for group in groups]
+    assert costs == sorted(costs, reverse=True)
+    groups.sort()
     assert len(groups) == parts
     assert all(groups)
     assert [row for group in groups for row in group] == list(range(len(tokens)))
