@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 Gradient = tuple[Tensor | None, ...]
 """One gradient per parameter; None where the score does not depend on it."""
 
-GRADIENT_KEY = "aot_gradient"
-"""Key of a collated batch whose gradient is held."""
+HELD_KEY = "aot_held"
+"""Key of a collated batch whose gradient is held: the number under which."""
 
 
 def held_surrogate(factor: Tensor, gradient: Gradient, parameters: Sequence[Tensor]) -> Tensor:

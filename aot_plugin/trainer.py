@@ -33,7 +33,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from .data import prepare_text_rows, prepare_tokens
-from .held import GRADIENT_KEY, Gradient, held_surrogate
+from .held import HELD_KEY, Gradient, held_surrogate
 from .logps import sequence_logps, sharing_is_exact, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
 from .prompts import may_share_prompts
@@ -114,6 +114,7 @@ class AOTTrainerMixin(Trainer):
             epsilon=self.args.aot_sort_epsilon,
         )
         self._micro_batches = 1
+        self._held: dict[int, Gradient] = {}
         self._step_loss = 0.0
         self._one_sided_steps = 0
         self._eval_name = "eval"
@@ -215,7 +216,8 @@ class AOTTrainerMixin(Trainer):
             if not self.precompute_ref_logps:
                 ref_logps[rows] = self._reference_logps(self.model_wrapped, batch)
             if number < held:
-                logps[rows], batch[GRADIENT_KEY] = self._logps_and_gradient(batch, labels[rows])
+                logps[rows], self._held[number] = self._logps_and_gradient(batch, labels[rows])
+                batch[HELD_KEY] = number
             elif number == 0 and self._keeps_graph():
                 with self.compute_loss_context_manager():
                     batch[LOGPS_KEY] = self._policy_logps(self.model_wrapped, batch)
@@ -229,8 +231,9 @@ class AOTTrainerMixin(Trainer):
         signed = torch.where(labels, weights, -weights)
         if any((signed[rows] != signed[rows[0]]).any() for rows in groups[:held]):
             # A loss of another package that looks at more of a pair than its margin.
+            self._held.clear()
             for batch in micro_batches[:held]:
-                del batch[GRADIENT_KEY]
+                del batch[HELD_KEY]
         for rows, batch in zip(groups, micro_batches, strict=True):
             batch[WEIGHT_KEY] = weights[rows]
         return micro_batches
@@ -383,9 +386,10 @@ class AOTTrainerMixin(Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """The surrogate whose gradient is the step's: sum of weight x logp(theta)."""
-        if GRADIENT_KEY in inputs:
-            factor = inputs[WEIGHT_KEY][0]
-            return held_surrogate(factor, inputs[GRADIENT_KEY], self._trainable())
+        if HELD_KEY in inputs:
+            # Taken out, or the host's loop would keep it until the next step is scored.
+            gradient = self._held.pop(inputs[HELD_KEY])
+            return held_surrogate(inputs[WEIGHT_KEY][0], gradient, self._trainable())
         if LOGPS_KEY in inputs:
             return (inputs[WEIGHT_KEY] * inputs[LOGPS_KEY]).sum()
         if WEIGHT_KEY in inputs:

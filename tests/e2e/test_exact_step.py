@@ -5,6 +5,7 @@ a negative control, sorting inside micro-batches on the same data, which must mi
 margin: on data whose couplings are the identity every method would agree.
 """
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,19 @@ LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": 
 
 
 class Held:
-    """Counts the gradients that are held, and those that are used."""
+    """Counts the gradients that are held, those that are used, and those held at a time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-        self.taken = self.used = 0
+        self.taken = self.used = self.most = 0
+        alive: list[Any] = []
         take, use = trainer.AOTTrainerMixin._logps_and_gradient, trainer.held_surrogate
 
         def counted_take(*args: Any) -> Any:
             self.taken += 1
-            return take(*args)
+            logps, gradient = take(*args)
+            alive.append(weakref.ref(gradient[0]))
+            self.most = max(self.most, sum(ref() is not None for ref in alive))
+            return logps, gradient
 
         def counted_use(*args: Any) -> Any:
             self.used += 1
@@ -152,7 +157,7 @@ def test_held_gradients(
     base = sum(p.nbytes for p in load_file(tiny_model / "model.safetensors").values())
     held = Held(monkeypatch, (fit + 0.5) * adapter / (base + adapter))
     assert_same(cutter.run(1, 16), whole)
-    assert (held.taken, held.used) == (5 * fit, 5 * fit)
+    assert (held.taken, held.used, held.most) == (5 * fit, 5 * fit, fit)
     assert_differs(cutter.run(2, 8, aot_batch="micro_batch"), whole)
 
 
