@@ -79,6 +79,10 @@ def test_every_cut_gives_the_same_run(
     keys = {"aot_penalty": penalty, "aot_sort": sort, "learning_rate": 0.001}
     if sort == "soft":
         keys["aot_sort_epsilon"] = 2.0  # gaps above 0.5 nats are smoothed: not the hard sort
+        if penalty != "logistic":
+            # Gradients of the order of 0.1 and, where the hinge is met, of 0: with its usual
+            # epsilon Adam makes whole steps of the rounding of the latter.
+            keys["adam_epsilon"] = 0.01
     cutter = Cutter(tmp_path, tiny_model, mode, **keys)
     whole = cutter.run(16, 1)
     cuts = CUTS[1:] if (penalty, sort) == ("logistic", "hard") else ((2, 8),)
