@@ -228,12 +228,13 @@ class AOTTrainerMixin(Trainer):
         if self.precompute_ref_logps:
             ref_logps = torch.cat([self._cached_ref_logps(batch) for batch in batches])
         weights = self._transport(logps, ref_logps, labels)
-        signed = torch.where(labels, weights, -weights)
-        if any((signed[rows] != signed[rows[0]]).any() for rows in groups[:held]):
-            # A loss of another package that looks at more of a pair than its margin.
-            self._held.clear()
-            for batch in micro_batches[:held]:
-                del batch[HELD_KEY]
+        if held:
+            factors = torch.where(labels, weights, -weights)[torch.tensor(groups[:held])]
+            if (factors != factors[:, :1]).any():
+                # A loss of another package that looks at more of a pair than its margin.
+                self._held.clear()
+                for batch in micro_batches[:held]:
+                    del batch[HELD_KEY]
         for rows, batch in zip(groups, micro_batches, strict=True):
             batch[WEIGHT_KEY] = weights[rows]
         return micro_batches

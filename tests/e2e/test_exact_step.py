@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 SIZES = ("aot/sorted_u", "aot/sorted_v")
 CUTS = ((16, 1), (4, 4), (2, 8), (1, 16))
 TOLERANCE = 1e-4
+LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 
 
 def relative(a: float, b: float) -> float:
@@ -108,8 +109,7 @@ def test_the_shorter_window_at_the_end_of_an_epoch(
 
 @pytest.mark.parametrize("adapter", ["lora", "precomputed", "checkpointed", "reentrant"])
 def test_adapters_and_checkpointing(adapter: str, tiny_model: Path, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16}
-    keys |= {"lora_target_linear": True, "learning_rate": 0.01}
+    keys: dict[str, Any] = {**LORA, "learning_rate": 0.01}
     if adapter == "precomputed":
         keys["precompute_ref_log_probs"] = True
     if adapter in ("checkpointed", "reentrant"):
@@ -120,9 +120,6 @@ def test_adapters_and_checkpointing(adapter: str, tiny_model: Path, tmp_path: Pa
     assert_same(cutter.run(2, 8), whole)
     assert_same(cutter.run(1, 16), whole)
     assert_differs(cutter.run(2, 8, aot_batch="micro_batch"), whole)
-
-
-LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 
 
 class Held:
