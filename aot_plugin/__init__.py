@@ -14,14 +14,10 @@ def __getattr__(name: str) -> Any:
         from .plugin import AOTPlugin
 
         return AOTPlugin
-    if name.startswith("unpaired_"):
+    if name.startswith(("paired_", "unpaired_")):
         # The host resolves a data set's `type:` only as "<module>.<function>" with one dot, so
         # the strategies of `aot_plugin.data` answer as attributes of the package itself.
         from .data import strategy_factory
 
         return strategy_factory(name)
-    if name.startswith("paired_"):
-        from .data import paired_factory
-
-        return paired_factory(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalPrediction
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import global_then_local_main_first, use_adapter
 
-from .data import prepare_text_rows, prepare_tokens
+from .data import is_text, prepare_tokens
 from .held import HELD_KEY, Gradient, held_surrogate
 from .logps import sequence_logps, sharing_is_exact, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
@@ -79,6 +79,7 @@ class AOTTrainerMixin(Trainer):
 
     # Known before construction ends: TRL precomputes reference log-probabilities there.
     _sharing: bool | None = None
+    _mode: str
     _step_class: type[PairedLogps] | type[UnpairedLogps]
     _sequences_per_row: int
 
@@ -146,18 +147,22 @@ class AOTTrainerMixin(Trainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
-        """TRL's tokens, with one begin and one end where it writes two."""
+        """Our tokens in place of TRL's (``data.tokens`` says why)."""
         # TRL looks at any one column to tell chat rows from text, so a leftover `messages` column
         # of the raw rows would make it guess.
         if "messages" in dataset.column_names:
             dataset = dataset.remove_columns("messages")
-        prepare = super()._prepare_dataset  # type: ignore[misc]  # TRL has it, not Trainer
-        return prepare_text_rows(
-            dataset,
-            lambda rows: prepare(rows, processing_class, args, dataset_name),
-            self._tokenizer,
-            args.dataset_num_proc,
-        )
+        if not is_text(dataset, self._mode):
+            return super()._prepare_dataset(  # type: ignore[misc]  # TRL has it, not Trainer
+                dataset, processing_class, args, dataset_name
+            )
+        # What TRL does with `keep_end`, which only its DPO trainer knows: no prompt is too long.
+        keeps_end = getattr(args, "truncation_mode", None) == "keep_end"
+        max_length = None if keeps_end else args.max_length
+        with global_then_local_main_first():
+            return prepare_tokens(
+                dataset, self._tokenizer, self._mode, max_length, args.dataset_num_proc
+            )
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's, in a file that later runs with the same reference and tokens find again: beside
@@ -528,6 +533,7 @@ class AOTTrainerMixin(Trainer):
 class AOTPairedTrainer(AOTTrainerMixin, AxolotlDPOTrainer):
     """AOT on preference pairs, over the host's DPO trainer (data, adapters, reference)."""
 
+    _mode = "paired"
     _step_class = PairedLogps
     _sequences_per_row = 2
 
@@ -559,6 +565,7 @@ class AOTPairedTrainer(AOTTrainerMixin, AxolotlDPOTrainer):
 class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
     """AOT on labelled rows, over the host's KTO trainer (data, adapters, reference)."""
 
+    _mode = "unpaired"
     _step_class = UnpairedLogps
     _sequences_per_row = 1
 
@@ -576,18 +583,6 @@ class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
         logps, ref_logps, label, tokens = columns[:, 0].T
         return Scores.unpaired(
             logps=logps, ref_logps=ref_logps, label=label.astype(bool), tokens=tokens, **common
-        )
-
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
-    ) -> Any:
-        """TRL's tokens for rows of the host's strategies, the chat template's own for ours."""
-        prepare = super()._prepare_dataset
-        return prepare_tokens(
-            dataset,
-            lambda rows: prepare(rows, processing_class, args, dataset_name),
-            args.max_length,
-            args.dataset_num_proc,
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

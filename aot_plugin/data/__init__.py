@@ -1,10 +1,11 @@
-"""Prompt strategies for unpaired rows, and what both modes need beside the host's own loading.
+"""From rows to token ids, in both modes, within the host's own loading.
 
-The host has no strategy for (prompt, completion, label) with the chat template, and its schema
-drops the options of a ``datasets:`` entry that it does not know. So an entry whose ``type`` is one
-of ours is rewritten before the host validates it (``resolve_datasets``): its options move to
-``aot_datasets``, and its type becomes a name that the host resolves to a function of this package
-(``strategy_factory``).
+The host has no strategy for (prompt, completion, label) with the chat template, its strategies of
+pairs with one make other tokens than the template does, and its schema drops the options of a
+``datasets:`` entry that it does not know. So an entry whose ``type`` is one of ours, or one of the
+host's chat-template types of pairs, is rewritten before the host validates it
+(``resolve_datasets``): its options move to ``aot_datasets``, and its type becomes a name that the
+host resolves to a function of this package (``strategy_factory``).
 
     options.py     what an entry of ours may say
     entries.py     all entries checked, and rewritten for the host
@@ -15,22 +16,20 @@ of ours is rewritten before the host validates it (``resolve_datasets``): its op
     threads.py     trees of messages -> rows, for one of the strategies
     render.py      an example -> the two strings that the model is trained on
     strategy.py    the above as the batched map that the host calls
-    tools.py       the host's paired types, with the rows' tools given to the template
     accounting.py  what became of every row
     loading.py     the host's loading, with checks and a table around it (heavy to import)
-    tokens.py      those strings -> token ids, past what TRL's KTO trainer would make of them
+    tokens.py      those strings -> token ids, in place of TRL's tokenization
+    host_types.py  what the host's types that render text by themselves can't represent
 """
 
 from .accounting import check_labels
 from .entries import resolve_datasets, resolve_unpaired_datasets
 from .strategy import strategy_factory
-from .tokens import prepare_text_rows, prepare_tokens
-from .tools import paired_factory
+from .tokens import is_text, prepare_tokens
 
 __all__ = [
     "check_labels",
-    "paired_factory",
-    "prepare_text_rows",
+    "is_text",
     "prepare_tokens",
     "resolve_datasets",
     "resolve_unpaired_datasets",

@@ -7,30 +7,44 @@ the row's number, are the ones that a user sees.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from tqdm import tqdm
 
 from .labels import Drop
 from .options import parsed_options, plain
 from .render import Renderer
-from .rows import Example
-from .strategy import outcomes, rows_of, template_config
+from .strategy import Rendered, mode_of, rendered, rows_of, template_config
 
 BATCH = 1000
 SENTENCEPIECE_PREFIX = 1
 """A SentencePiece tokenizer may put one token more than it reads bytes."""
 
 
+FAULTS = {
+    Drop.EMPTY: "there is no prompt, or no response",
+    Drop.UNASKED: "an answer follows another one",
+    Drop.IDENTICAL: "chosen and rejected are the same",
+    Drop.OTHER_PROMPT: "chosen and rejected answer different prompts; `aot_mode: unpaired` with "
+    "`type: chat_template.paired` takes them as two rows",
+}
+"""Reasons that say something is wrong with a row, as the log explains them."""
+
+NAMED = 5
+"""Row numbers that the log names of those with one fault."""
+
+
 @dataclass
 class RowCounts:
-    """Counts of one ``datasets:`` entry. Every response is positive, negative or dropped.
+    """Counts of one ``datasets:`` entry. Every response (paired: every row) is kept or dropped.
 
     ``taken`` is the number of rows that ``weight`` and ``shards`` leave of ``rows``, or make of
-    them; None without the two.
+    them; None without the two. ``named`` holds the first numbers of the rows with a fault,
+    ``unrendered`` how many answers had a property that the chat template leaves out.
     """
 
     source: str
@@ -38,13 +52,30 @@ class RowCounts:
     rows: int = 0
     taken: int | None = None
     counted: bool = True
+    pairs: int | None = None
     positive: int = 0
     negative: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    named: dict[str, list[int]] = field(default_factory=dict)
+    unrendered: dict[str, int] = field(default_factory=dict)
 
     @property
     def responses(self) -> int:
         return self.positive + self.negative + sum(self.dropped.values())
+
+    def warnings(self) -> Iterator[str]:
+        """What to say of rows that are wrong, and of what is not rendered."""
+        for fault, why in FAULTS.items():
+            if count := self.dropped.get(fault.value, 0):
+                numbers = ", ".join(map(str, self.named.get(fault.value, [])))
+                more = "" if count <= NAMED else ", ..."
+                which = f"{fault.value} (row {numbers}{more})"
+                yield f"{self.source}: {count} dropped as {which}: {why}"
+        for what, count in self.unrendered.items():
+            yield (
+                f"{self.source}: the chat template leaves out {what} in {count} answers, and so "
+                "does the training"
+            )
 
 
 def count_rows(
@@ -67,42 +98,66 @@ def count_rows(
         ValueError: for a row that can't be read, with its number.
     """
     resolved = plain(resolved)
+    paired = mode_of(resolved) == "paired"
     render = Renderer(template_config(cfg), parsed_options(resolved), tokenizer)
     dropped: Counter[str] = Counter()
     numbers = range(len(dataset)) if numbers is None else numbers
+    counts.pairs = 0 if paired else None
+    bar = tqdm(total=len(dataset), desc=f"Checking {counts.source}", unit=" rows", leave=False)
     for start in range(0, len(dataset), BATCH):
         batch = rows_of(dataset[start : start + BATCH])
-        for outcome in outcomes(batch, resolved, numbers[start : start + BATCH]):
-            fate = (
-                _after_rendering(render(outcome), outcome.label, cfg, tokenizer, seen)
-                if isinstance(outcome, Example)
-                else outcome
-            )
-            if isinstance(fate, Drop):
-                dropped[fate.value] += 1
-            elif fate:
+        found = list(rendered(batch, resolved, render, numbers[start : start + BATCH]))
+        if paired:
+            found = list(_without_identical(found, tokenizer))
+        for number, row in found:
+            outcome = row if isinstance(row, Drop) else _judged(row, paired, cfg, tokenizer, seen)
+            if isinstance(outcome, Drop):
+                dropped[outcome.value] += 1
+                named = counts.named.setdefault(outcome.value, []) if outcome in FAULTS else []
+                if number is not None and len(named) < NAMED:
+                    named.append(int(number))
+            elif paired:
+                counts.pairs = (counts.pairs or 0) + 1
+            elif row[-1]:
                 counts.positive += 1
             else:
                 counts.negative += 1
+        bar.update(min(BATCH, len(dataset) - start))
+    bar.close()
     counts.dropped = {drop.value: dropped[drop.value] for drop in Drop if dropped[drop.value]}
+    counts.unrendered = dict(render.unrendered)
     return counts
 
 
-def _after_rendering(
-    texts: tuple[str, str],
-    label: bool,
-    cfg: Mapping[str, Any],
-    tokenizer: Any,
-    seen: set[int] | None,
-) -> bool | Drop:
-    if not cfg.get("skip_prepare_dataset") and _too_long(texts, cfg, tokenizer):
+def _without_identical(
+    found: Sequence[tuple[int | None, Rendered | Drop]], tokenizer: Any
+) -> Iterator[tuple[int | None, Rendered | Drop]]:
+    """Pairs whose responses become the same tokens say nothing, whatever their texts are."""
+    texts = [row[1:] for _, row in found if not isinstance(row, Drop)]
+    ids = [
+        tokenizer(list(column), add_special_tokens=False)["input_ids"]
+        for column in zip(*texts, strict=True)
+    ]
+    same = iter([chosen == rejected for chosen, rejected in zip(*ids, strict=True)])
+    for number, row in found:
+        identical = not isinstance(row, Drop) and next(same)
+        yield number, Drop.IDENTICAL if identical else row
+
+
+def _judged(
+    row: Rendered, paired: bool, cfg: Mapping[str, Any], tokenizer: Any, seen: set[int] | None
+) -> Drop | None:
+    prompt, *completions = row if paired else row[:2]
+    if not cfg.get("skip_prepare_dataset") and any(
+        _too_long((prompt, completion), cfg, tokenizer) for completion in completions
+    ):
         return Drop.TOO_LONG
     if seen is not None:
-        key = hash((*texts, label))
+        key = hash(row)
         if key in seen:
             return Drop.DUPLICATE
         seen.add(key)
-    return label
+    return None
 
 
 def _too_long(texts: tuple[str, str], cfg: Mapping[str, Any], tokenizer: Any) -> bool:
@@ -126,11 +181,14 @@ def table(counts: Iterable[RowCounts]) -> str:
     reasons = [drop.value for drop in Drop if any(drop.value in c.dropped for c in counts)]
     mixed = any(c.taken is not None for c in counts)
     judged = any(c.counted for c in counts)
+    paired = any(c.pairs is not None for c in counts)
+    kept = ["pairs"] if paired else ["responses", "positive", "negative"]
     lines = [["dataset", "split", "rows"]]
-    lines[0] += ["taken"] * mixed + ["responses", "positive", "negative", *reasons] * judged
+    lines[0] += ["taken"] * mixed + [*kept, *reasons] * judged
     for c in counts:
         taken = [str(c.rows if c.taken is None else c.taken)]
-        numbers = [c.responses, c.positive, c.negative, *(c.dropped.get(r, 0) for r in reasons)]
+        numbers = [c.pairs] if paired else [c.responses, c.positive, c.negative]
+        numbers += [c.dropped.get(r, 0) for r in reasons]
         cells = [str(n) if c.counted else "-" for n in numbers]
         lines.append([c.source, c.split, str(c.rows), *taken * mixed, *cells * judged])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

@@ -1,7 +1,7 @@
 """Which row it was: the host's own strategies fail with a bare KeyError or a template's TypeError.
 
-Nothing here runs before the host has failed, except for one look at the columns of a pair, where a
-template may render an absent response as the word None.
+And which row it is that a type of the host's would train otherwise than it stands there, without
+failing.
 """
 
 import contextlib
@@ -19,11 +19,12 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict
 
+from .host_types import first_unrepresented
 from .options import ConversationOptions
-from .tools import TOOL_TYPES
 
 LOG = get_logger("axolotl.aot_plugin.data")
 TOOLS = ConversationOptions.model_fields["field_tools"].default
+IMAGES = ("image", "images")
 TEXTS = {"paired": ("prompt", "chosen", "rejected"), "unpaired": ("prompt", "completion")}
 """The columns that a strategy of the host has to give, each with text in it."""
 
@@ -50,57 +51,59 @@ def naming_the_row(cfg: Any) -> Iterator[None]:
         raise ValueError(found) from error
 
 
-def check_pairs(dataset: Dataset, entry: Any) -> None:
-    """No response of a pair may be absent, and no tools may be forgotten.
+def check_host_type(dataset: Dataset, entry: Any, cfg: Any) -> None:
+    """Rows of a type that is not ours: all that a row says must come out as text.
 
     Raises:
-        BadRow: with the number of the first row that lacks a response, or that has tools which
-            the entry's type would render if it were told to.
+        BadRow: with the number of the first row that the type loses a part of.
     """
-    _check_tools(dataset, entry)
-    for field in (entry.get("field_chosen") or "chosen", entry.get("field_rejected") or "rejected"):
-        if field not in dataset.column_names or not _nulls(dataset.data.column(field)):
-            continue
-        for number, response in enumerate(dataset[field]):
-            last = response[-1] if isinstance(response, list) and response else response
-            if isinstance(last, dict):
-                last = last.get("tool_calls") if last.get("content") is None else last["content"]
-            if last is None:
-                raise BadRow(
-                    f"{entry['path']}, row {number}: `{field}` is null; remove the row, or write "
-                    'an empty response as ""'
-                )
-
-
-def _check_tools(dataset: Dataset, entry: Any) -> None:
-    # An entry with `field_tools` has a type of ours by now; rows that need no type go to TRL, which
-    # renders their tools.
-    kind = entry.get("type")
-    if TOOLS not in dataset.column_names or not kind or str(kind).startswith("aot_plugin."):
+    kind, texts = entry.get("type"), TEXTS[cfg["aot_mode"]]
+    instead = "write `type: chat_template.default`"
+    if not kind:
+        turns = [name for name in texts if _holds_turns(dataset, name)]
+        if turns:
+            raise BadRow(f"{entry['path']}: `{turns[0]}` holds turns: {instead} in its entry")
         return
-    number = next((n for n, tools in enumerate(dataset[TOOLS]) if tools), None)
-    if number is None:
-        return
-    if kind == "chat_template" or kind in TOOL_TYPES:
+    strategy = _strategy(DictDefault({**cfg, "datasets": [entry]}), kind, 0)
+    if strategy is None or "tokenizer" in inspect.signature(strategy).parameters:
+        return  # the host says why, or it renders by a template
+    problem = first_unrepresented(dataset, strategy, texts)
+    if problem is not None:
+        number, what = problem
+        name = _type_name(kind)
         raise BadRow(
-            f"{entry['path']}, row {number} has `{TOOLS}`: write `field_tools: {TOOLS}` in the "
-            "entry to have them rendered, or remove the column"
+            f"{entry['path']}, row {number}: {what}, which type {name} can't represent; {instead} "
+            "(docs/datasets.md), or mend the row"
         )
-    LOG.warning(
-        "%s: the column `%s` has no effect: its type renders without a chat template",
-        entry["path"],
-        TOOLS,
-    )
+    if TOOLS in dataset.column_names and any(dataset[TOOLS]):
+        LOG.warning(
+            "%s: the column `%s` has no effect: its type renders without a chat template",
+            entry["path"],
+            TOOLS,
+        )
 
 
-def _nulls(column: pa.ChunkedArray) -> int:
-    """How many responses may be absent; 0 for nearly all datasets, at no cost."""
-    nulls = column.null_count
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        column = pc.list_flatten(column)
-    if pa.types.is_struct(column.type) and column.type.get_field_index("content") >= 0:
-        nulls += pc.struct_field(column, "content").null_count
-    return nulls
+def check_text(dataset: Dataset, entry: Any) -> None:
+    """`rl: aot` trains on text: no image may be dropped unsaid.
+
+    Raises:
+        BadRow: if there are images.
+    """
+    for name in IMAGES:
+        if name not in dataset.column_names:
+            continue
+        column = dataset.data.column(name)
+        lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        count = pc.sum(pc.list_value_length(column)).as_py() if lists else column.length()
+        if count and column.null_count < column.length():
+            raise BadRow(
+                f"{entry['path']}: the column `{name}` holds images, and `rl: aot` trains on text; "
+                "remove it, or the rows"
+            )
+
+
+def _holds_turns(dataset: Dataset, name: str) -> bool:
+    return name in dataset.column_names and pa.types.is_nested(dataset.data.column(name).type)
 
 
 def _problems(cfg: Any, error: Exception) -> Iterator[str]:
@@ -114,7 +117,7 @@ def _problems(cfg: Any, error: Exception) -> Iterator[str]:
                 yield f"`{where}[{index}]`: {entry['path']} can't be read: {_root(failure)}"
                 continue
             kind = entry["type"]
-            ours = isinstance(kind, str) and kind.startswith("aot_plugin.unpaired_")
+            ours = isinstance(kind, str) and kind.startswith("aot_plugin.")
             if ours and not unreadable:
                 continue  # our own types name their rows themselves
             strategy = _strategy(cfg, kind, index) if kind and not ours else _as_it_is
@@ -126,17 +129,16 @@ def _problems(cfg: Any, error: Exception) -> Iterator[str]:
                 number, what = problem
                 columns = ", ".join(rows.column_names)
                 yield (
-                    f"{entry['path']}, row {number}: {what} (type {_type_name(kind, cfg)}; the row "
+                    f"{entry['path']}, row {number}: {what} (type {_type_name(kind)}; the row "
                     f"has {columns})"
                 )
 
 
-def _type_name(kind: Any, cfg: Any) -> str:
+def _type_name(kind: Any) -> str:
     """What the user has written as ``type``."""
     if not isinstance(kind, str):
         return "user-defined" if kind else "none"
-    resolved = (cfg["aot_datasets"] or {}).get(kind.removeprefix("aot_plugin.paired_"))
-    return resolved["strategy"] if resolved else kind
+    return kind
 
 
 def _strategy(cfg: Any, kind: Any, index: int) -> Callable[..., Any] | None:

@@ -11,7 +11,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from .options import LOADER_KEYS, plain
-from .tools import TOOL_TYPES
 
 LISTS = ("datasets", "test_datasets")
 
@@ -56,7 +55,7 @@ def resolve_unpaired_datasets(
 def _resolve(
     entries: Sequence[Any], mode: str, where: str, cfg: Mapping[str, Any]
 ) -> tuple[list[Any], dict[str, dict[str, Any]]]:
-    from .host_schema import SCHEMAS, kept_by_host
+    from .host_schema import kept_by_host, schema
 
     rewritten: list[Any] = []
     options: dict[str, dict[str, Any]] = {}
@@ -66,53 +65,42 @@ def _resolve(
             raise ValueError(f"`{at}` must be a mapping with `path` and `type`, not {entry!r}")
         host_entry = {key: value for key, value in plain(entry).items() if value is not None}
         name = host_entry.get("type")
-        if mode == "unpaired" and name == "chat_template":
-            name = "chat_template.default"
-        if mode == "unpaired" and isinstance(name, str) and name in _strategies():
-            host_entry, resolved = _ours(host_entry, name, at)
+        name = "chat_template.default" if name == "chat_template" else name
+        own_module = False
+        if isinstance(name, str) and name in _strategies(mode):
+            host_entry, resolved = _ours(host_entry, name, mode, at)
             options[_digest(resolved)] = resolved
         else:
-            _check_host_type(name, mode, at)
-        _build(SCHEMAS[mode], host_entry, at)
+            own_module = _is_own_module(name, mode, at)
+        _build(schema(mode, own_module), host_entry, at)
         _check_repeats(host_entry, at, where, cfg)
-        if where == "test_datasets":
+        if where == "test_datasets" and (own_module or isinstance(name, Mapping)):
             _check_same_options(host_entry, index, cfg)
-        if host_entry.get("field_tools"):
-            host_entry, resolved = _paired_with_tools(host_entry, at)
-            options[_digest(resolved)] = resolved
         # The host does not cut down `test_datasets:`.
         rewritten.append(kept_by_host(host_entry, mode) if where == "datasets" else host_entry)
     return rewritten, options
 
 
-def _ours(entry: dict[str, Any], name: str, at: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _ours(
+    entry: dict[str, Any], name: str, mode: str, at: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """An entry of our type for the host, and what ``aot_datasets`` keeps of it."""
     source = {key: entry[key] for key in LOADER_KEYS if key in entry}
     own = {k: v for k, v in entry.items() if k not in (*LOADER_KEYS, "type")}
     if "path" not in source:
         raise ValueError(f"`{at}.path` is missing")
-    _build(_strategies()[name].options, own, at)
-    resolved = {"strategy": name, "options": own, "source": source}
-    return {**source, "type": f"aot_plugin.unpaired_{_digest(resolved)}"}, resolved
+    _build(_strategies(mode)[name].options, own, at)
+    resolved = {"strategy": name, "mode": mode, "options": own, "source": source}
+    return {**source, "type": f"aot_plugin.{mode}_{_digest(resolved)}"}, resolved
 
 
-def _paired_with_tools(entry: dict[str, Any], at: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """An entry of a host's type, for that type as ``tools.paired_factory`` widens it."""
-    name = entry.get("type")
-    name = "chat_template.default" if name == "chat_template" else name
-    if name not in TOOL_TYPES:
-        raise ValueError(
-            f"`{at}.field_tools`: rows of type {name} have no tools; it goes with "
-            f"{' or '.join(TOOL_TYPES)}"
-        )
-    own = {"field_tools": entry.pop("field_tools")}
-    source = {key: entry[key] for key in LOADER_KEYS if key in entry}
-    resolved = {"strategy": name, "options": own, "source": source}
-    return {**entry, "type": f"aot_plugin.paired_{_digest(resolved)}"}, resolved
+RENDERING = 2
+"""Raised with every change of the tokens that a row becomes: older prepared data is not reused."""
 
 
 def _digest(resolved: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:12]
+    said = json.dumps([RENDERING, resolved], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
 def _check_repeats(entry: Mapping[str, Any], at: str, where: str, cfg: Mapping[str, Any]) -> None:
@@ -135,16 +123,15 @@ def _check_repeats(entry: Mapping[str, Any], at: str, where: str, cfg: Mapping[s
 
 OPTION_KEYS = (
     *("field_messages", "field_chosen", "field_rejected", "message_property_mappings", "roles"),
-    *("chat_template", "chat_template_jinja", "field_tools"),
+    *("chat_template", "chat_template_jinja"),
 )
-"""What the host's preference types read of an entry besides a user-defined type."""
+"""What a preference type in a user's module may read of its entry."""
 
 
 def _check_same_options(entry: Mapping[str, Any], index: int, cfg: Mapping[str, Any]) -> None:
-    # The host's types read the options of `datasets[i]` for `test_datasets[i]` as well.
+    # The host gives a type the options of `datasets[i]` for `test_datasets[i]` as well.
     name, trained = entry.get("type"), cfg.get("datasets") or []
-    reads = isinstance(name, Mapping) or str(name).startswith(("chat_template", "user_defined"))
-    if not reads or not trained:
+    if not trained:
         return
     other = trained[index] if index < len(trained) else {}
     keys = (*OPTION_KEYS, *(["type"] if isinstance(name, Mapping) else []))
@@ -157,10 +144,10 @@ def _check_same_options(entry: Mapping[str, Any], index: int, cfg: Mapping[str, 
         )
 
 
-def _strategies() -> dict[str, Any]:
+def _strategies(mode: str) -> Mapping[str, Any]:
     from .strategy import strategies
 
-    return strategies()
+    return strategies(mode)
 
 
 def _build(model: type[BaseModel], values: dict[str, Any], at: str) -> BaseModel:
@@ -188,16 +175,17 @@ _HOST_MODULES = {
 }
 
 
-def _check_host_type(name: Any, mode: str, at: str) -> None:
+def _is_own_module(name: Any, mode: str, at: str) -> bool:
+    """Whether a type that is not ours is a function in a module of the user's."""
     # A mapping is the host's user-defined type; no type at all means rows that are ready.
     if not name or isinstance(name, Mapping):
-        return
+        return False
     base = _HOST_MODULES[mode]
     module, _, function = (str(name) if "." in str(name) else f"{name}.default").rpartition(".")
     for candidate in (f"{base}.{module}", module):
         if _find(candidate) and hasattr(importlib.import_module(candidate), function):
-            return
-    ours = f"{', '.join(_strategies())}, " if mode == "unpaired" else ""
+            return candidate == module
+    ours = f"{', '.join(_strategies(mode))}, " if mode == "unpaired" else ""
     raise ValueError(
         f"`{at}.type: {name}` is not a strategy for {mode} rows; accepted are {ours}the host's "
         f"{', '.join(_host_types(base))}, a user-defined mapping, or `<module>.<function>`"

@@ -4,7 +4,12 @@ preference strategies read, or that we read in its stead."""
 from collections.abc import Mapping
 from typing import Any
 
-from axolotl.utils.schemas.datasets import DPODataset, KTODataset, SFTDataset
+from axolotl.utils.schemas.datasets import (
+    DPODataset,
+    KTODataset,
+    SFTDataset,
+    UserDefinedDPOType,
+)
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
@@ -33,17 +38,31 @@ class UnpairedDataset(_Loading, KTODataset):
     """All that an entry of an unpaired run may say to the host."""
 
 
-class PairedDataset(_Loading, DPODataset):
-    """All that an entry of a paired run may say."""
+class TextPairs(_Loading):
+    """All that an entry of pairs may say whose type renders text by itself: no such type reads
+    more of its entry."""
 
-    field_tools: str | None = None
+    path: str | None = None
+    split: str | None = None
+    type: UserDefinedDPOType | str | None = None
+    data_files: list[str] | None = None
+    revision: str | None = None
+
+
+class PairedDataset(_Loading, DPODataset):
+    """All that an entry of pairs may say whose type is a user's ``<module>.<function>``."""
+
     chat_template: str | None = None
     chat_template_jinja: str | None = None
     message_property_mappings: dict[str, str] | None = None
     roles: dict[str, list[str]] | None = None
 
 
-SCHEMAS: dict[str, type[_Loading]] = {"paired": PairedDataset, "unpaired": UnpairedDataset}
+def schema(mode: str, own_module: bool) -> type[BaseModel]:
+    """The class of an entry with a type that is not ours; ``own_module``: a user's function."""
+    if mode == "unpaired":
+        return UnpairedDataset
+    return PairedDataset if own_module else TextPairs
 
 
 class _Kept(SFTDataset, DPODataset, KTODataset):

@@ -9,6 +9,9 @@ class Drop(StrEnum):
     """Why a row does not reach training; the values head the columns of the table in the log."""
 
     EMPTY = "empty"
+    UNASKED = "unasked"
+    IDENTICAL = "identical"
+    OTHER_PROMPT = "other prompt"
     UNLABELED = "unlabeled"
     BETWEEN = "between thresholds"
     TOO_LONG = "too long"

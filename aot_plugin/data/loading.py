@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 from axolotl.cli.args import PreprocessCliArgs, TrainerCliArgs
 from axolotl.common import datasets as common
 from axolotl.common.datasets import load_preference_datasets
@@ -27,10 +28,10 @@ from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser
 
 from .accounting import RowCounts, check_labels, count_rows, table
-from .blame import check_pairs, naming_the_row
+from .blame import check_host_type, check_text, naming_the_row
 from .mixing import is_mixed, rows_taken
 from .strategy import arranged
-from .tokens import IDS
+from .tokens import COMPLETIONS, ids_columns, is_text
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
@@ -39,6 +40,7 @@ LOG = get_logger("axolotl.aot_plugin.data")  # the host shows INFO of loggers be
 COUNTS_FILE = "aot_row_counts.json"
 DEFAULT_SEED = 42
 """The host's own, where it has one."""
+LABELS = {True: "positive", False: "negative"}
 SPLITS = {"train": "datasets", "test": "test_datasets"}
 
 
@@ -47,7 +49,6 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
 
     The datasets come from the host's own ``load_preference_datasets``. The main process logs, once,
     what became of the rows of every entry; the counts are kept next to the prepared dataset.
-    Paired runs that read all rows once have no table: the host says what it drops.
 
     Args:
         preprocess: the command is ``axolotl preprocess``, whose flags (``--debug``) count.
@@ -57,30 +58,59 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
             they have one label only.
     """
     unpaired = cfg["aot_mode"] == "unpaired"
-    entries = chain(*(cfg.get(where) or [] for where in SPLITS.values()))
-    counts: dict[Path, list[RowCounts]] = {}
     with (
         naming_the_row(cfg),
         _replaced(rl, "load_dataset_with_config", partial(_load_taken, cfg)),
         _replaced(common, "check_dataset_labels", _show_labels),
     ):
-        if is_main_process() and (unpaired or any(map(is_mixed, entries))):
-            counts = row_counts(cfg)
+        counts = row_counts(cfg) if is_main_process() else {}
+        # Before anything fails that sends the reader to them.
+        _log_counts(list(chain(*counts.values())), cfg["aot_mode"])
         meta = load_preference_datasets(cfg=cfg, cli_args=_flags(preprocess))
+    for path, stored in counts.items():
+        _store(path, stored)
+    if not unpaired:
+        meta.train_dataset = _without_identical(meta.train_dataset, "train")
+        if meta.eval_dataset is not None:
+            meta.eval_dataset = _without_identical(meta.eval_dataset, "test")
     if not len(meta.train_dataset):
         raise ValueError(
-            "`datasets`: no rows are left to train on; they are empty, or every row is longer than "
-            f"`sequence_len: {cfg['sequence_len']}`"
+            "`datasets`: no rows are left to train on; they are empty, or every row was dropped: "
+            "the table above says why (`too long`: longer than `sequence_len: "
+            f"{cfg['sequence_len']}`)"
         )
     if unpaired:
         positive, negative = check_labels(meta.train_dataset)
-    if counts:
-        for path, stored in counts.items():
-            _store(path, stored)
-        LOG.info("rows of the %s datasets:\n%s", cfg["aot_mode"], table(chain(*counts.values())))
-    if unpaired:
         LOG.info("training on %d positive and %d negative rows", positive, negative)
     return meta
+
+
+def _log_counts(counts: list[RowCounts], mode: str) -> None:
+    # Of pairs of Axolotl's types the host itself says what it drops.
+    if any(entry.counted or entry.taken is not None for entry in counts) or mode == "unpaired":
+        LOG.info("rows of the %s datasets:\n%s", mode, table(counts))
+    for entry in counts:
+        for warning in entry.warnings():
+            LOG.warning("%s", warning)
+
+
+def _without_identical(dataset: Dataset, split: str) -> Dataset:
+    """Pairs of Axolotl's types that have one text twice; those of ours are gone by now."""
+    if not is_text(dataset, "paired"):
+        return dataset
+    chosen, rejected = (dataset.with_format("arrow")[name] for name in COMPLETIONS["paired"])
+    same = pc.equal(chosen, rejected).to_numpy(zero_copy_only=False)
+    if not same.any():
+        return dataset
+    examples = [dataset[int(n)]["prompt"][-80:] for n in same.nonzero()[0][:3]]
+    LOG.warning(
+        "%d pairs of the %s datasets have the same text chosen and rejected, and are dropped; the "
+        "prompts of the first end in %s",
+        same.sum(),
+        split,
+        ", ".join(map(repr, examples)),
+    )
+    return dataset.select((~same).nonzero()[0])
 
 
 def row_counts(cfg: Any) -> dict[Path, list[RowCounts]]:
@@ -126,8 +156,10 @@ def _count_split(
 
 def _resolved(entry: Any, cfg: Any) -> dict[str, Any] | None:
     """What ``aot_datasets`` has of an entry; None for the host's own types."""
-    key = str(entry["type"]).removeprefix("aot_plugin.unpaired_")
-    return (cfg["aot_datasets"] or {}).get(key)
+    package, _, name = str(entry["type"]).partition(".")
+    if package != "aot_plugin":
+        return None
+    return (cfg["aot_datasets"] or {}).get(name.partition("_")[2])
 
 
 def _taken(dataset: Dataset, entry: Any, cfg: Any) -> tuple[Dataset, np.ndarray | None]:
@@ -156,8 +188,9 @@ def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kw
     """The rows of an entry as its type is to read them, where the host's RL loader reads all of
     them once, as they are."""
     dataset = _all_rows(load(entry, *args, **kwargs))
-    if cfg["aot_mode"] == "paired":
-        check_pairs(dataset, entry)
+    if _resolved(entry, cfg) is None:
+        check_host_type(dataset, entry, cfg)
+    check_text(dataset, entry)
     return _taken(dataset, entry, cfg)[0]
 
 
@@ -167,13 +200,16 @@ def _show_labels(
     """What ``--debug`` shows: rows with ids of ours as the host shows those of SFT, with the very
     ids that are trained. (For preference rows it tokenizes prompt and completion apart.)"""
     for row in dataset.select(range(num_examples)):
-        prompt, completion = (row.get(name) for name in IDS.values())
+        mode = "paired" if "chosen" in row else "unpaired"
+        prompt, *completions = (row.get(name) for name in ids_columns(mode).values())
         if prompt is None:
             show(Dataset.from_list([row]), tokenizer=tokenizer, num_examples=1, **kwargs)
             continue
-        LOG.info("%s row:", "positive" if row["label"] else "negative")
-        ids = {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
-        check_example_labels(ids, tokenizer, text_only=kwargs["text_only"])
+        names = COMPLETIONS[mode] if mode == "paired" else [LABELS[row["label"]]]
+        for name, completion in zip(names, completions, strict=True):
+            LOG.info("%s row:", name)
+            ids = {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+            check_example_labels(ids, tokenizer, text_only=kwargs["text_only"])
 
 
 def _seed(cfg: Any) -> int:

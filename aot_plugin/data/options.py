@@ -1,7 +1,7 @@
 """What a ``datasets:`` entry with one of our types may say."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +18,8 @@ class ConversationOptions(BaseModel):
     """Options of every strategy: where the prompt is and how it is rendered."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    prefers_messages: ClassVar[bool] = False
+    """Of rows with both columns, `field_messages` holds the prompt where the entry names none."""
 
     field_messages: str = "messages"
     field_prompt: str = "prompt"
@@ -77,6 +79,12 @@ class PairedOptions(ConversationOptions):
 
     field_chosen: str = "chosen"
     field_rejected: str = "rejected"
+
+
+class PairOptions(PairedOptions):
+    """Axolotl's chat-template types of pairs, which read the prompt from `messages`."""
+
+    prefers_messages: ClassVar[bool] = True
 
 
 class ListwiseOptions(_Thresholds):
@@ -160,7 +168,8 @@ class ThreadsOptions(ConversationOptions):
 
 def parsed_options(resolved: Mapping[str, Any]) -> ConversationOptions:
     """The options object of a value of ``aot_datasets``."""
-    return _strategies()[resolved["strategy"]].options(**plain(resolved["options"]))
+    found = _strategies(resolved.get("mode") or "unpaired")[resolved["strategy"]]
+    return found.options(**plain(resolved["options"]))
 
 
 def plain(value: Any) -> Any:
@@ -173,10 +182,10 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _strategies() -> dict[str, Any]:
+def _strategies(mode: str) -> Mapping[str, Any]:
     from .strategy import strategies
 
-    return strategies()
+    return strategies(mode)
 
 
 def _check_template(choice: str, jinja: str | None) -> None:

@@ -1,20 +1,40 @@
-"""From turns to the two strings that the model is trained on."""
+"""From turns to the two strings that the model is trained on: the only renderer, for both modes,
+for training and for the report.
 
-from collections.abc import Mapping
+The prompt is what the model sees when it is served: the template's rendering of the turns with its
+generation prompt. The completion is what the template adds to that for the answer. Nothing is ever
+looked for in rendered text, since an answer may read like the template's own words: where the two
+renderings differ, the place of a turn is found by rendering other contents in it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from axolotl.utils.chat_templates import extract_chat_template_args, get_chat_template
+from jinja2.exceptions import TemplateError
 
 from .options import ConversationOptions
-from .rows import Example, Turn
+from .rows import Example, RowError, Turn
 from .tokens import special_tokens
 
 Tools = list[dict[str, Any]] | None
+PROBES = ("Qx7", "Jz4")
+"""Contents that no template takes apart, with different beginnings and ends."""
+CALLS, REASONING = "tool_calls", "reasoning_content"
+THOUGHT = "</think>"
+Shape = tuple[bool, ...]
+TAG = re.compile(r"<[^<>\s][^<>]*>|\[[^\[\]\s][^\[\]]*\]")
 
 
 class Renderer:
-    """Renders examples with the chat template that the entry, else the config, chooses."""
+    """Renders examples with the chat template that the entry, else the config, chooses.
+
+    Attributes:
+        unrendered: how many answers had a property that the template does not render, by its name.
+    """
 
     def __init__(
         self, cfg: Mapping[str, Any], options: ConversationOptions, tokenizer: Any
@@ -24,52 +44,208 @@ class Renderer:
         self._choice = extract_chat_template_args(cfg=cfg, ds_cfg=options.model_dump())
         self._special = tuple(special_tokens(tokenizer).values())
         self._last: tuple[tuple[list[Turn], Tools], str] | None = None
+        self._ends: dict[Shape, str] = {}
+        self._shows_content: dict[Shape, bool] = {}
+        self.unrendered: Counter[str] = Counter()
 
     @cached_property
-    def _template(self) -> str:
+    def template(self) -> str:
+        """The chat template's text."""
         choice, jinja = self._choice
         return get_chat_template(choice, jinja_template=jinja, tokenizer=self._tokenizer)
 
-    def _apply(self, turns: list[Turn], tools: Tools, **kwargs: Any) -> str:
-        # Without tools the argument is left out: a config's `chat_template_kwargs` may name some.
-        given = {"tools": tools} if tools else {}
-        return self._tokenizer.apply_chat_template(
-            turns,
-            chat_template=self._template,
-            tokenize=False,
-            **{**self._kwargs, **given, **kwargs},
-        )
+    def __call__(self, example: Example) -> tuple[str, str]:
+        """(prompt, completion): together the template's rendering of the conversation.
+
+        The completion ends with the template's own end of turn: what follows the special token that
+        ends it (a line break, the opening of a next turn) is nothing that a model generates.
+
+        Two templates of three begin a finished answer as their generation prompt says. Where one
+        does not, the prompt stays what is served, and the completion is
+
+        - what differs from the prompt in white space alone (qwen3: ``<think>\\n\\n`` before an
+          answer, ``<think>\\n`` before reasoning);
+        - the answer, where the generation prompt goes on to an empty block that it closes itself
+          (gemma4);
+        - what follows the last turn of the prompt, where the template places the turns before it
+          otherwise once they are answered (mistral_v2v3 with a system turn).
+
+        Raises:
+            RowError: if the template refuses the turns or does not render them, or if its
+                generation prompt and its finished answer contradict each other.
+        """
+        prompt = self.prompt(example.prompt, example.tools)
+        whole = self._apply([*example.prompt, example.completion], example.tools)
+        self._check_properties(example, whole)
+        completion = _added(prompt, whole)
+        if completion is None:
+            completion = self._compared(example, prompt, whole)
+        completion = self._ended(example, completion)
+        if not completion.strip():
+            raise RowError("the chat template renders nothing of the answer")
+        if THOUGHT in example.completion["content"] and THOUGHT not in completion:
+            self.unrendered["reasoning inside the content"] += 1
+        return prompt, completion
 
     def prompt(self, turns: list[Turn], tools: Tools = None) -> str:
-        """The prompt up to and with the generation prompt."""
+        """The prompt up to and with the generation prompt.
+
+        Raises:
+            RowError: if the template refuses the turns.
+        """
         # The responses of one row follow each other and share their prompt.
         if self._last is None or self._last[0] != (turns, tools):
             self._last = (turns, tools), self._apply(turns, tools, add_generation_prompt=True)
         return self._last[1]
 
-    def __call__(self, example: Example) -> tuple[str, str]:
-        """(prompt, completion): together the template's rendering of the conversation.
+    def _apply(self, turns: list[Turn], tools: Tools, **kwargs: Any) -> str:
+        # Without tools the argument is left out: a config's `chat_template_kwargs` may name some.
+        given = {"tools": tools} if tools else {}
+        try:
+            return self._tokenizer.apply_chat_template(
+                turns,
+                chat_template=self.template,
+                tokenize=False,
+                **{**self._kwargs, **given, **kwargs},
+            )
+        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise RowError(f"the chat template refuses the turns ({roles}): {error}") from error
 
-        White space that the template puts after the special token at the end of the turn is cut:
-        generation ends with that token.
-
-        Raises:
-            ValueError: if the template does not render the completion's text.
-        """
-        prompt = self.prompt(example.prompt, example.tools)
-        whole = self._apply([*example.prompt, example.completion], example.tools)
-        if whole.startswith(prompt):
-            completion = whole[len(prompt) :]
-        else:
-            # Some templates open a reasoning block in the generation prompt that they leave out
-            # of a finished turn. Keep the prompt as in serving, and go on from the text.
-            text = example.completion["content"].strip()
-            start = whole.rfind(text)
-            if start < 0 or example.completion.get("tool_calls"):
-                raise ValueError(
-                    "the chat template renders neither the generation prompt before the last turn "
-                    f"nor its text alone and as it stands: {text[:60]!r}"
+    def _compared(self, example: Example, prompt: str, whole: str) -> str:
+        """The completion where the prompt is no prefix of the whole."""
+        header = _common_prefix(*self._probed(example))
+        answered = len(header) if whole.startswith(header) else None
+        completion = _closed(prompt, whole, answered)
+        if completion is not None:
+            return completion
+        # What follows the content of the prompt's last turn, in both renderings.
+        *before, last = example.prompt
+        prompts, wholes = zip(
+            *(
+                (
+                    self._apply(turns, example.tools, add_generation_prompt=True),
+                    self._apply([*turns, example.completion], example.tools),
                 )
-            completion = whole[start:]
+                for turns in ([*before, _with(last, probe)] for probe in PROBES)
+            ),
+            strict=True,
+        )
+        asked, replied = _common_suffix(*prompts), _common_suffix(*wholes)
+        if prompt.endswith(asked) and whole.endswith(replied):
+            start = len(whole) - len(replied)
+            completion = _added(asked, replied)
+            if completion is None and answered is not None and answered >= start:
+                completion = _closed(asked, replied, answered - start)
+            if completion is not None:
+                return completion
+        same = len(_common_prefix(prompt, whole))
+        raise RowError(
+            "the chat template's generation prompt and its finished answer contradict each other: "
+            f"{prompt[same:][:60]!r} against {whole[same:][:60]!r}. A row with reasoning needs a "
+            "generation prompt that leaves the reasoning to the model, a row without it one that "
+            "opens no block: see `chat_template_kwargs` (for instance `enable_thinking`) and "
+            "`chat_template`"
+        )
+
+    def _check_properties(self, example: Example, whole: str) -> None:
+        turns = [*example.prompt, example.completion]
+        if any(turn.get(CALLS) for turn in turns):
+            for number, turn in enumerate(turns):
+                if not turn.get(CALLS):
+                    continue
+                silent = {key: value for key, value in turn.items() if key != CALLS}
+                if self._renders_same(turns, number, silent, example.tools, whole):
+                    raise RowError(
+                        f"the chat template does not render `{CALLS}`, which turn {number} of "
+                        f"{len(turns)} has; choose one that does (`chat_template`)"
+                    )
+        if not self._content_is_rendered(example):
+            if not example.completion.get(CALLS):
+                raise RowError("the chat template does not render the content of the answer")
+            if example.completion["content"].strip():
+                self.unrendered[f"content beside `{CALLS}`"] += 1
+        if example.completion.get(REASONING):
+            silent = {k: v for k, v in example.completion.items() if k != REASONING}
+            if self._renders_same(turns, len(turns) - 1, silent, example.tools, whole):
+                self.unrendered[REASONING] += 1
+
+    def _renders_same(
+        self, turns: Sequence[Turn], number: int, other: Turn, tools: Tools, whole: str
+    ) -> bool:
+        changed = [*turns[:number], other, *turns[number + 1 :]]
+        try:
+            return self._apply(changed, tools) == whole
+        except RowError:
+            return False
+
+    def _content_is_rendered(self, example: Example) -> bool:
+        shape = _shape(example)
+        if shape not in self._shows_content:
+            first, second = self._probed(example)
+            self._shows_content[shape] = first != second
+        return self._shows_content[shape]
+
+    def _probed(self, example: Example) -> list[str]:
+        """The conversation with the probes for an answer."""
+        return [
+            self._apply([*example.prompt, _with(example.completion, probe)], example.tools)
+            for probe in PROBES
+        ]
+
+    def _ended(self, example: Example, completion: str) -> str:
+        """A completion up to the token that ends the turn."""
+        eos = self._tokenizer.eos_token
         stripped = completion.rstrip()
-        return prompt, stripped if stripped.endswith(self._special) else completion
+        if eos and stripped.endswith(eos) and completion.count(eos) == 1:
+            return stripped
+        end = self._end(example, completion)
+        body = completion[: len(completion) - len(end)]
+        if eos and eos in end:
+            return body + end[: end.index(eos) + len(eos)]
+        stripped = end.rstrip()
+        return body + (stripped if stripped.endswith(self._special) else end)
+
+    def _end(self, example: Example, completion: str) -> str:
+        """What the template writes after the content of the answer."""
+        shape = _shape(example)
+        known = self._ends.get(shape)
+        if known is None or not completion.endswith(known):
+            known = self._ends[shape] = _common_suffix(*self._probed(example))
+        return known if completion.endswith(known) else ""
+
+
+def _shape(example: Example) -> Shape:
+    """What decides how a template writes the answer, beside its content."""
+    answer = example.completion
+    return bool(example.tools), bool(answer.get(CALLS)), bool(answer.get(REASONING))
+
+
+def _with(turn: Turn, content: str) -> Turn:
+    return {**turn, "content": content}
+
+
+def _common_prefix(one: str, other: str) -> str:
+    length = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    return min(one, other, key=len) if length is None else one[:length]
+
+
+def _common_suffix(one: str, other: str) -> str:
+    return _common_prefix(one[::-1], other[::-1])[::-1]
+
+
+def _added(prompt: str, whole: str) -> str | None:
+    """What a rendering adds to the prompt, if it begins with it, but for white space at its end."""
+    if whole.startswith(prompt):
+        return whole[len(prompt) :]
+    same = len(_common_prefix(prompt, whole))
+    return None if prompt[same:].strip() else whole[same:]
+
+
+def _closed(prompt: str, whole: str, answered: int | None) -> str | None:
+    """The answer, which begins at ``answered``, if the prompt goes on from there to a block that it
+    closes: the tags of an open one are odd in number."""
+    if answered is None or prompt[:answered] != whole[:answered]:
+        return None
+    tags = TAG.findall(prompt[answered:])
+    return whole[answered:] if tags and len(tags) % 2 == 0 else None

@@ -9,7 +9,7 @@ conversation and bring their own prompt.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -21,6 +21,7 @@ from .options import (
     DefaultOptions,
     ListwiseOptions,
     PairedOptions,
+    PairOptions,
     ThreadsOptions,
 )
 from .threads import threads
@@ -64,22 +65,24 @@ class RowError(ValueError):
 def default_examples(row: Row, options: DefaultOptions) -> Iterator[Outcome]:
     """One response per row, with its label or rating."""
     has_completion = options.field_completion in row or "field_completion" in explicit(options)
-    response = (
-        cell(row, options.field_completion) if has_completion else cell(row, options.field_messages)
-    )
+    field = options.field_completion if has_completion else options.field_messages
     label = judge(row, options.field_label, options)
-    yield example(row, response, label, options, prompted=has_completion)
+    yield from examples(row, [(cell(row, field), field, label)], options, prompted=has_completion)
 
 
 def paired_examples(row: Row, options: PairedOptions) -> Iterator[Outcome]:
     """Two responses to one prompt: the chosen one is positive, the rejected one negative."""
-    for field, label in ((options.field_chosen, True), (options.field_rejected, False)):
-        yield example(row, cell(row, field), label, options)
+    fields = ((options.field_chosen, True), (options.field_rejected, False))
+    chosen, rejected = examples(row, [(cell(row, f), f, label) for f, label in fields], options)
+    both = isinstance(chosen, Example) and isinstance(rejected, Example)
+    if both and replace(chosen, label=False) == rejected:  # type: ignore[type-var]
+        chosen = rejected = Drop.IDENTICAL
+    yield from (chosen, rejected)
 
 
 def listwise_examples(row: Row, options: ListwiseOptions) -> Iterator[Outcome]:
     """Several responses to one prompt, judged each by itself or against each other."""
-    responses = [cell(part, field) for part, field in options.responses(row, cell)]
+    responses = [(cell(part, field), field) for part, field in options.responses(row, cell)]
     if options.field_preference is not None:
         labels = _prefer(row, options.field_preference)
     elif options.best_and_worst:
@@ -87,8 +90,8 @@ def listwise_examples(row: Row, options: ListwiseOptions) -> Iterator[Outcome]:
         labels = _best_and_worst(ratings, options.lower_is_better)
     else:
         labels = [judge(part, field, options) for part, field in options.labels(row, cell)]
-    for response, label in zip(responses, labels, strict=True):
-        yield example(row, response, label, options)
+    judged = [(*response, label) for response, label in zip(responses, labels, strict=True)]
+    yield from examples(row, judged, options)
 
 
 def threads_examples(row: Row, options: ThreadsOptions) -> Iterator[Outcome]:
@@ -96,8 +99,9 @@ def threads_examples(row: Row, options: ThreadsOptions) -> Iterator[Outcome]:
     the worst-ranked one negative."""
     ranks = [(reply["rank"], options.field_rank) for reply in row["replies"]]
     labels = _best_and_worst(ranks, lower_is_better=True)
-    for reply, label in zip(row["replies"], labels, strict=True):
-        yield example(row, reply["text"], label, options)
+    texts = [(reply["text"], options.field_text) for reply in row["replies"]]
+    judged = [(*text, label) for text, label in zip(texts, labels, strict=True)]
+    yield from examples(row, judged, options)
 
 
 BUILTIN: dict[str, PromptStrategy] = {
@@ -108,6 +112,43 @@ BUILTIN: dict[str, PromptStrategy] = {
 }
 
 
+PAIRED = {
+    name: PromptStrategy(PairOptions, paired_examples)
+    for name in ("chat_template.default", "chat_template.argilla_chat")
+}
+"""Axolotl's types of pairs that render by a chat template, by its names."""
+
+
+def examples(
+    row: Row,
+    responses: Iterable[tuple[Any, str, bool | Drop]],
+    options: ConversationOptions,
+    prompted: bool = True,
+) -> Iterator[Outcome]:
+    """The examples of a row's responses.
+
+    Args:
+        responses: value, its field (for messages) and label of each.
+        prompted: the row has a prompt of its own, for responses that bring none.
+
+    Raises:
+        RowError: if prompt or response are not text, a role is unknown, or the prompt's last turn
+            is an answer other than a response of this row.
+    """
+    judged = [
+        (label if isinstance(label, Drop) else as_turns(value, "assistant", options, field), label)
+        for value, field, label in responses
+    ]
+    answers = [turns[-1] for turns, _ in judged if not isinstance(turns, Drop) and turns]
+    for turns, label in judged:
+        if isinstance(turns, Drop):
+            yield turns
+            continue
+        if prompted and (not turns or turns[0]["role"] == "assistant"):
+            turns = [*_prompt(row, options, answers), *turns]
+        yield _outcome(_with_system(row, turns, options), label, _tools(row, options))
+
+
 def example(
     row: Row,
     response: Any,
@@ -115,23 +156,20 @@ def example(
     options: ConversationOptions,
     prompted: bool = True,
 ) -> Outcome:
-    """The example of one response; its prompt is the row's unless the response brings its own.
+    """``examples`` of one response."""
+    (outcome,) = examples(row, [(response, "response", label)], options, prompted)
+    return outcome
 
-    Raises:
-        RowError: if prompt or response are not text, or a role is unknown.
-    """
-    if isinstance(label, Drop):
-        return label
-    turns = as_turns(response, "assistant", options)
-    if prompted and (not turns or turns[0]["role"] == "assistant"):
-        turns = [*_prompt(row, options), *turns]
-    turns = _with_system(row, turns, options)
-    if len(turns) < 2 or turns[-1]["role"] != "assistant" or turns[-2]["role"] == "assistant":
+
+def _outcome(turns: list[Turn], label: Any, tools: list[dict[str, Any]] | None) -> Outcome:
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
         return Drop.EMPTY
+    if turns[-2]["role"] == "assistant":
+        return Drop.UNASKED
     asked = any(turn["content"].strip() for turn in turns[:-1] if turn["role"] != "system")
     if not asked or not (turns[-1]["content"].strip() or turns[-1].get("tool_calls")):
         return Drop.EMPTY
-    return Example(turns[:-1], turns[-1], label, _tools(row, options))
+    return Example(turns[:-1], turns[-1], label, tools)
 
 
 def cell(row: Row, field: str) -> Any:
@@ -168,8 +206,13 @@ def judge(row: Row, field: str, options: DefaultOptions | ListwiseOptions) -> bo
     return label_from_rating(rating, options.positive_min, options.negative_max)
 
 
-def as_turns(value: Any, role: str, options: ConversationOptions) -> list[Turn]:
+def as_turns(
+    value: Any, role: str, options: ConversationOptions, field: str | None = None
+) -> list[Turn]:
     """Turns from a string (one turn of ``role``), a turn, a list of turns or a transcript.
+
+    Args:
+        field: the column, for messages.
 
     Raises:
         RowError: for any other value, or a role that the entry's ``roles`` do not map.
@@ -178,11 +221,14 @@ def as_turns(value: Any, role: str, options: ConversationOptions) -> list[Turn]:
         return []
     if isinstance(value, str):
         return _from_transcript(value) or [{"role": role, "content": value}]
-    if isinstance(value, Mapping):
-        return [_turn(value, options)]
-    if isinstance(value, Sequence):
-        return [_turn(message, options) for message in value]
-    raise RowError(f"{_short(value)} is neither text nor a list of turns")
+    try:
+        if isinstance(value, Mapping):
+            return [_turn(value, options)]
+        if isinstance(value, Sequence):
+            return [_turn(message, options) for message in value]
+        raise RowError(f"{_short(value)} is neither text nor a list of turns")
+    except RowError as error:
+        raise RowError(f"`{field}`: {error}" if field else str(error)) from None
 
 
 def explicit(options: BaseModel) -> set[str]:
@@ -227,16 +273,30 @@ def _turn(message: Any, options: ConversationOptions) -> Turn:
     targets = {name: role for role, names in options.roles.items() for name in names}
     if source not in targets:
         raise RowError(f"role {source!r} is unknown; known are {', '.join(targets)}: set `roles`")
-    content = message.get(mapping["content"])
-    if not isinstance(content, str | None):
-        raise RowError(f"{_short(content)} is not the text of a turn")
-    turn = {"role": targets[source], "content": content or ""}
+    content = _text(message.get(mapping["content"]))
+    turn = {"role": targets[source], "content": content}
     sources = set(mapping.values())
     further = {name: name for name in message if name not in sources} | mapping
     for name, field in further.items():
         if name not in turn and message.get(field) is not None:
             turn[name] = without_nulls(message[field])
     return turn
+
+
+def _text(content: Any) -> str:
+    """The text of a turn, of which some sets keep the parts."""
+    if isinstance(content, str | None):
+        return content or ""
+    if not isinstance(content, Sequence):
+        raise RowError(f"{_short(content)} is not the text of a turn")
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else None
+        text = part if isinstance(part, str) else part.get("text") if kind == "text" else None
+        if not isinstance(text, str):
+            raise RowError(f"{_short(part)} is not a part with text; `rl: aot` trains on text")
+        texts.append(text)
+    return "".join(texts)
 
 
 def without_nulls(value: Any) -> Any:
@@ -273,13 +333,26 @@ def as_tools(tools: Any, column: str) -> list[dict[str, Any]] | None:
     return tools or None
 
 
-def _prompt(row: Row, options: ConversationOptions) -> list[Turn]:
+def _prompt(row: Row, options: ConversationOptions, answers: Sequence[Turn]) -> list[Turn]:
+    """The turns of the prompt column. Some sets keep the whole conversation there: an answer at
+    its end that is one of the row's own ``answers`` is none of the prompt."""
     written = explicit(options)
+    field = options.field_prompt
     if "field_messages" in written or (
-        "field_prompt" not in written and options.field_prompt not in row
+        "field_prompt" not in written
+        and (field not in row or (options.prefers_messages and options.field_messages in row))
     ):
-        return as_turns(cell(row, options.field_messages), "user", options)
-    return as_turns(cell(row, options.field_prompt), "user", options)
+        field = options.field_messages
+    turns = as_turns(cell(row, field), "user", options, field)
+    if turns and turns[-1]["role"] == "assistant":
+        if turns[-1] not in answers:
+            raise RowError(
+                f"`{field}` ends with an answer ({_short(turns[-1]['content'])}), and the row's "
+                "responses would follow it as a second one: remove it, or name the column of the "
+                "prompt (`field_prompt`, `field_messages`)"
+            )
+        turns = turns[:-1]
+    return turns
 
 
 def _with_system(row: Row, turns: list[Turn], options: ConversationOptions) -> list[Turn]:

@@ -1,23 +1,23 @@
 """Our prompt strategies as the host calls them."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from datasets import Dataset, Features, Sequence, Value
+from datasets import Dataset
 
 from ..hookspecs import hookimpl
 from ..registry import plugin_manager, registered
+from .labels import Drop
 from .options import parsed_options, plain
 from .render import Renderer
-from .rows import BUILTIN, Example, Outcome, PromptStrategy, Row, RowError
-from .tokens import IDS, template_ids
+from .rows import BUILTIN, PAIRED, Example, Outcome, PromptStrategy, Row, RowError
+from .tokens import COMPLETIONS, features, ids_columns, token_ids
 
-FEATURES = Features(
-    {"prompt": Value("string"), "completion": Value("string"), "label": Value("bool")}
-    | {name: Sequence(Value("int32")) for name in IDS.values()}
-)
-"""A prepared row: what the host's KTO path expects, and our token ids."""
+Rendered = tuple[Any, ...]
+"""A prepared row but for its ids: prompt, completions and, unpaired, the label."""
 
 
 class _Builtin:
@@ -26,12 +26,15 @@ class _Builtin:
         return BUILTIN
 
 
-def strategies() -> dict[str, PromptStrategy]:
-    """All strategies by the name that a ``type:`` takes, ours and those of other packages.
+def strategies(mode: str = "unpaired") -> Mapping[str, PromptStrategy]:
+    """All strategies of a mode by the name that a ``type:`` takes: for unpaired rows ours and those
+    of other packages, for pairs the host's types that render by a chat template.
 
     Raises:
         ValueError: if two packages register one name.
     """
+    if mode == "paired":
+        return PAIRED
     manager = plugin_manager()
     if not manager.has_plugin("aot_plugin prompt strategies"):
         manager.register(_Builtin(), name="aot_plugin prompt strategies")
@@ -39,23 +42,23 @@ def strategies() -> dict[str, PromptStrategy]:
 
 
 def strategy_factory(name: str) -> Callable[..., Any]:
-    """The host's idea of a strategy, for a type that ``resolve_unpaired_datasets`` wrote.
+    """The host's idea of a strategy, for a type that ``resolve_datasets`` wrote.
 
     Args:
-        name: ``unpaired_<key>``.
+        name: ``paired_<key>`` or ``unpaired_<key>``.
 
     Returns:
         ``factory(cfg, **kwargs) -> (transform, map_kwargs)``; the transform is batched, since one
         row may hold several responses, or none that can be used.
     """
-    key = name.removeprefix("unpaired_")
+    mode, _, key = name.partition("_")
 
     def factory(cfg: Mapping[str, Any], **_: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         resolved = cfg["aot_datasets"][key]
         return transform_for(cfg, resolved), {
             "batched": True,
             "remove_columns": "__all__",
-            "features": FEATURES,
+            "features": features(mode),
         }
 
     return factory
@@ -64,20 +67,29 @@ def strategy_factory(name: str) -> Callable[..., Any]:
 def transform_for(cfg: Mapping[str, Any], resolved: Mapping[str, Any]) -> Callable[..., Any]:
     """The batched map of one entry: columns of rows in, columns of rendered examples out."""
     template, resolved = template_config(cfg), plain(resolved)
+    mode = mode_of(resolved)
 
     # The closure holds plain data only, so that `datasets` finds a cached map by its hash.
     def transform(batch: Mapping[str, list[Any]], tokenizer: Any) -> dict[str, list[Any]]:
         render = Renderer(template, parsed_options(resolved), tokenizer)
-        examples = [o for o in outcomes(rows_of(batch), resolved) if isinstance(o, Example)]
-        prompts, completions = zip(*map(render, examples), strict=True) if examples else ((), ())
-        return {
-            "prompt": list(prompts),
-            "completion": list(completions),
-            "label": [example.label for example in examples],
-            **template_ids(prompts, completions, tokenizer),
+        made = rendered(rows_of(batch), resolved, render)
+        kept = [found for _, found in made if not isinstance(found, Drop)]
+        ids = ids_of(kept, mode, tokenizer)
+        if mode == "paired":
+            different = [chosen != rejected for _, chosen, rejected in ids]
+            kept = list(itertools.compress(kept, different))
+            ids = list(itertools.compress(ids, different))
+        texts = ["prompt", *COMPLETIONS[mode], *(["label"] if mode == "unpaired" else [])]
+        return {name: [row[i] for row in kept] for i, name in enumerate(texts)} | {
+            name: [row[i] for row in ids] for i, name in enumerate(ids_columns(mode).values())
         }
 
     return transform
+
+
+def mode_of(resolved: Mapping[str, Any]) -> str:
+    """``paired`` or ``unpaired``: what an entry of ``aot_datasets`` makes of its rows."""
+    return resolved.get("mode") or "unpaired"
 
 
 def template_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +104,7 @@ def arranged(dataset: Dataset, resolved: Mapping[str, Any]) -> Dataset:
     Raises:
         ValueError: naming the dataset, if it can't be arranged.
     """
-    arrange = strategies()[resolved["strategy"]].arrange
+    arrange = strategies(mode_of(resolved))[resolved["strategy"]].arrange
     if arrange is None:
         return dataset
     try:
@@ -119,11 +131,64 @@ def outcomes(
     Raises:
         ValueError: naming dataset, row number if known, field, value and what is accepted.
     """
-    strategy, options = strategies()[resolved["strategy"]], parsed_options(resolved)
-    known = itertools.repeat(None) if numbers is None else numbers
-    for number, row in zip(known, rows, strict=False):
-        try:
+    strategy = strategies(mode_of(resolved))[resolved["strategy"]]
+    options = parsed_options(resolved)
+    for number, row in _numbered(rows, numbers):
+        with _naming(resolved, number):
             yield from strategy.examples(row, options)
-        except RowError as error:
-            at = "" if number is None else f", row {number}"
-            raise ValueError(f"{resolved['source']['path']}{at}: {error}") from None
+
+
+def rendered(
+    rows: Iterable[Row],
+    resolved: Mapping[str, Any],
+    render: Renderer,
+    numbers: Iterable[int] | None = None,
+) -> Iterator[tuple[int | None, Rendered | Drop]]:
+    """What strategy and chat template make of rows, in order: (number, prepared row or the reason
+    for dropping it), one for every response (unpaired) or for every row (paired).
+
+    Args and Raises: as ``outcomes``.
+    """
+    paired = mode_of(resolved) == "paired"
+    for number, row in _numbered(rows, numbers):
+        found = list(outcomes([row], resolved, None if number is None else [number]))
+        with _naming(resolved, number):
+            for outcome in [_pair(found)] if paired else found:
+                if isinstance(outcome, Drop):
+                    yield number, outcome
+                elif isinstance(outcome, Example):
+                    yield number, (*render(outcome), outcome.label)
+                else:
+                    (prompt, chosen), (_, rejected) = map(render, outcome)
+                    yield number, (prompt, chosen, rejected)
+
+
+def _numbered(
+    rows: Iterable[Row], numbers: Iterable[int] | None
+) -> Iterator[tuple[int | None, Row]]:
+    return zip(itertools.repeat(None) if numbers is None else numbers, rows, strict=False)
+
+
+@contextlib.contextmanager
+def _naming(resolved: Mapping[str, Any], number: int | None) -> Iterator[None]:
+    try:
+        yield
+    except RowError as error:
+        at = "" if number is None else f", row {number}"
+        raise ValueError(f"{resolved['source']['path']}{at}: {error}") from None
+
+
+def ids_of(kept: Sequence[Rendered], mode: str, tokenizer: Any) -> list[list[list[int]]]:
+    """``token_ids`` of rendered rows."""
+    count = len(COMPLETIONS[mode])
+    return token_ids([row[0] for row in kept], [row[1 : 1 + count] for row in kept], tokenizer)
+
+
+def _pair(outcomes: list[Outcome]) -> tuple[Example, Example] | Drop:
+    """The chosen and the rejected example of a row, which have one prompt."""
+    chosen, rejected = outcomes
+    if isinstance(chosen, Drop) or isinstance(rejected, Drop):
+        return chosen if isinstance(chosen, Drop) else rejected  # type: ignore[return-value]
+    if replace(rejected, completion=chosen.completion, label=chosen.label) != chosen:
+        return Drop.OTHER_PROMPT
+    return chosen, rejected

@@ -1,49 +1,87 @@
-"""From the rendered strings to token ids, and past what TRL's KTO trainer would make of them.
+"""From the rendered strings to token ids, in both modes, in place of TRL's own tokenization.
 
-TRL tokenizes prompt and completion as plain text. The tokenizer then adds a begin-of-sequence
-token even where the template has written it (or where it has none), an end-of-sequence token is
-appended to a completion that ends in another end-of-turn token, and where a token reaches across
-the border of prompt and completion, characters are lost. So our strategies tokenize what they
-render, as ``apply_chat_template(tokenize=True)`` does, and the trainer takes these ids.
+TRL tokenizes the prompt, and then prompt and completion together, and takes what is longer. Where a
+token reaches across the border of the two, the first characters of the completion are lost; where
+a template has written the begin-of-sequence token, there are two; and an end-of-sequence token is
+appended to a completion that ends in another end-of-turn token. So the trainer takes the ids that
+are made here: of what our strategies render, by them; of text, when the trainer prepares it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
 
-IDS = {"prompt_ids": "template_prompt_ids", "completion_ids": "template_completion_ids"}
-"""TRL's columns, and ours. (TRL overwrites its own; ours are None in rows of other strategies.)"""
+COMPLETIONS = {"paired": ("chosen", "rejected"), "unpaired": ("completion",)}
+"""The columns of completions, by mode."""
+
+ANCHOR = "\n"
+"""A tokenizer of the SentencePiece kind writes a blank before a text; after this it does not."""
 
 
-def template_ids(
-    prompts: Sequence[str], completions: Sequence[str], tokenizer: Any
-) -> dict[str, list[list[int]]]:
-    """The ids of rendered prompts and completions, by our column names.
+def ids_columns(mode: str) -> dict[str, str]:
+    """TRL's columns of ids, and ours: TRL overwrites its own, and ours are null in rows of other
+    strategies."""
+    return {f"{name}_ids": f"template_{name}_ids" for name in ("prompt", *COMPLETIONS[mode])}
 
-    A completion continues the ids of its prompt, as in generation. It ends with the template's
-    own end-of-turn token or, if the template has none, with the end-of-sequence token.
+
+def features(mode: str) -> Features:
+    """A prepared row of ours: what the host expects, and our token ids."""
+    texts = {name: Value("string") for name in ("prompt", *COMPLETIONS[mode])}
+    label = {"label": Value("bool")} if mode == "unpaired" else {}
+    return Features(
+        texts | label | {name: ListOf(Value("int32")) for name in ids_columns(mode).values()}
+    )
+
+
+def token_ids(
+    prompts: Sequence[str],
+    completions: Sequence[Sequence[str]],
+    tokenizer: Any,
+    begin: bool = False,
+) -> list[list[list[int]]]:
+    """The ids of prompts and of their completions.
+
+    A completion continues the ids of its prompt, as in generation, and no character is lost. It
+    ends with an end-of-turn token of its own or, if it has none, with the end-of-sequence token.
+
+    Args:
+        completions: for each prompt equally many.
+        begin: a begin-of-sequence token comes first where the tokenizer writes one and the text
+            has none (a chat template knows by itself whether there is one).
+
+    Returns:
+        [prompts][1 + completions] lists of ids, the prompt's first.
     """
     if not prompts:
-        return {name: [] for name in IDS.values()}
+        return []
 
     def ids(texts: Sequence[str]) -> list[list[int]]:
         return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
-    special = {tokenizer.eos_token_id, *special_tokens(tokenizer)}
-    wholes = ids([p + c for p, c in zip(prompts, completions, strict=True)])
-    columns: dict[str, list[list[int]]] = {name: [] for name in IDS.values()}
-    for prompt_ids, whole, completion in zip(ids(prompts), wholes, completions, strict=True):
-        if whole[: len(prompt_ids)] == prompt_ids:
-            completion_ids = whole[len(prompt_ids) :]
-        else:
-            # A token reaches across the border.
-            (completion_ids,) = ids([completion])
-        if completion_ids[-1] not in special and tokenizer.eos_token_id is not None:
-            completion_ids = [*completion_ids, tokenizer.eos_token_id]
-        columns[IDS["prompt_ids"]].append(prompt_ids)
-        columns[IDS["completion_ids"]].append(completion_ids)
-    return columns
+    bos = tokenizer.bos_token_id
+    first = [bos] if begin and bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    endings = {tokenizer.eos_token_id, *special_tokens(tokenizer)}
+    wholes = iter(ids([p + c for p, row in zip(prompts, completions, strict=True) for c in row]))
+    (anchor,) = ids([ANCHOR])
+    found = []
+    for prompt_ids, row in zip(ids(prompts), completions, strict=True):
+        opening = [] if prompt_ids[:1] == first else first
+        found.append([opening + prompt_ids])
+        for completion, whole in zip(row, wholes, strict=False):
+            if whole[: len(prompt_ids)] == prompt_ids:
+                completion_ids = whole[len(prompt_ids) :]
+            else:
+                # A token reaches across the border.
+                alone, anchored = ids([completion, ANCHOR + completion])
+                at_anchor = anchored[: len(anchor)] == anchor
+                completion_ids = anchored[len(anchor) :] if at_anchor else alone
+            ended = completion_ids and completion_ids[-1] in endings
+            if not ended and tokenizer.eos_token_id is not None:
+                completion_ids = [*completion_ids, tokenizer.eos_token_id]
+            found[-1].append(completion_ids)
+    return found
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
@@ -55,99 +93,60 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
     }
 
 
+def is_text(dataset: Dataset, mode: str) -> bool:
+    """Whether prompts and completions are strings (and not, for instance, turns)."""
+    return all(
+        getattr(dataset.features.get(name), "dtype", None) in ("string", "large_string")
+        for name in ("prompt", *COMPLETIONS[mode])
+    )
+
+
 def prepare_tokens(
     dataset: Dataset,
-    prepare: Callable[[Dataset], Dataset],
+    tokenizer: Any,
+    mode: str,
     max_length: int | None,
     num_proc: int | None = None,
 ) -> Dataset:
-    """What ``KTOTrainer._prepare_dataset`` is to return for a dataset of an unpaired run.
+    """What a TRL trainer's ``_prepare_dataset`` is to return for rows of text.
 
     Args:
         dataset: the host's prepared dataset.
-        prepare: TRL's own preparation, for rows of the host's strategies.
-        max_length: rows whose prompt alone fills it are dropped, as TRL does.
+        mode: ``paired`` or ``unpaired``.
+        max_length: rows whose prompt alone fills it are dropped, as TRL does; None for none.
     """
-    if not set(IDS.values()) <= set(dataset.column_names):
-        return prepare(dataset)
-    if dataset.data.column(IDS["prompt_ids"]).null_count:
-        dataset = prepare(dataset).map(_take_template_ids, num_proc=num_proc)
-        return dataset.remove_columns(list(IDS.values()))
-    dataset = dataset.rename_columns({name: trl for trl, name in IDS.items()})
+    columns = ids_columns(mode)
+    ours = set(columns.values()) <= set(dataset.column_names)
+    if ours and not dataset.data.column(next(iter(columns.values()))).null_count:
+        dataset = dataset.rename_columns({name: trl for trl, name in columns.items()})
+    else:
+        dataset = dataset.map(
+            _encode,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, "mode": mode},
+            remove_columns=list(columns.values()) if ours else None,
+            num_proc=num_proc,
+            desc="Tokenizing",
+        )
     if max_length is None:
         return dataset
     return dataset.filter(_has_room, fn_kwargs={"max_length": max_length}, num_proc=num_proc)
 
 
-def _take_template_ids(example: dict[str, Any]) -> dict[str, Any]:
-    if example[IDS["prompt_ids"]] is None:
-        return {}
-    return {trl: example[name] for trl, name in IDS.items()}
+def _encode(batch: dict[str, list[Any]], tokenizer: Any, mode: str) -> dict[str, list[list[int]]]:
+    """Ids of the rows of text; those that are ours have theirs."""
+    columns = ids_columns(mode)
+    given = list(zip(*(batch[name] for name in columns.values() if name in batch), strict=True))
+    texts = list(zip(*(batch[name] for name in COMPLETIONS[mode]), strict=True))
+    missing = [n for n in range(len(texts)) if not given or given[n][0] is None]
+    made = token_ids(
+        [batch["prompt"][n] for n in missing], [texts[n] for n in missing], tokenizer, begin=True
+    )
+    rows: list[Any] = list(given) or [()] * len(texts)
+    for number, ids in zip(missing, made, strict=True):
+        rows[number] = ids
+    return {name: [row[i] for row in rows] for i, name in enumerate(columns)}
 
 
 def _has_room(example: dict[str, Any], max_length: int) -> bool:
     return len(example["prompt_ids"]) < max_length
-
-
-COMPLETIONS = ("completion", "chosen", "rejected")
-"""Text columns that TRL ends with the end-of-sequence token; their ids are in ``<name>_ids``."""
-
-
-def prepare_text_rows(
-    dataset: Dataset,
-    prepare: Callable[[Dataset], Dataset],
-    tokenizer: Any,
-    num_proc: int | None = None,
-) -> Dataset:
-    """TRL's tokens for rows of text, in both modes, with one begin and one end.
-
-    The host's strategies render strings that may begin with the begin-of-sequence token, and TRL
-    lets the tokenizer add its own. (The host's trainer means to mend that in a method that this TRL
-    no longer calls.) And to strings that end their turn with another special token TRL appends the
-    end-of-sequence token, which no model that ends its turns so would generate.
-
-    Args:
-        prepare: TRL's own preparation.
-    """
-    ended = _ended_otherwise(dataset, tokenizer)
-    for name, rows in ended.items():
-        dataset = dataset.add_column(_flag(name), rows)
-    dataset = prepare(dataset)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is None or tokenizer("")["input_ids"][:1] != [bos]:
-        bos = None
-    if bos is None and not ended:
-        return dataset
-    mend = {"bos": bos, "eos": eos, "names": list(ended)}
-    dataset = dataset.map(_mend, fn_kwargs=mend, num_proc=num_proc)
-    return dataset.remove_columns([_flag(name) for name in ended])
-
-
-def _ended_otherwise(dataset: Dataset, tokenizer: Any) -> dict[str, list[bool]]:
-    """By column with any such text: whether a text ends with a special token that is not eos."""
-    eos = tokenizer.eos_token
-    ends = tuple(text for text in special_tokens(tokenizer).values() if text != eos)
-    columns = [name for name in COMPLETIONS if name in dataset.column_names]
-    found: dict[str, list[bool]] = {name: [] for name in columns}
-    for batch in dataset.select_columns(columns).iter(1000):
-        for name, texts in batch.items():
-            found[name] += [isinstance(text, str) and text.endswith(ends) for text in texts]
-    return {name: rows for name, rows in found.items() if any(rows)}
-
-
-def _flag(name: str) -> str:
-    return f"aot_{name}_ended"
-
-
-def _mend(
-    example: dict[str, Any], bos: int | None, eos: int | None, names: list[str]
-) -> dict[str, Any]:
-    mended: dict[str, Any] = {}
-    ids = example["prompt_ids"]
-    if bos is not None and ids[:2] == [bos, bos]:
-        mended["prompt_ids"] = ids[1:]
-    for name in names:
-        ids = example[f"{name}_ids"]
-        if example[_flag(name)] and ids[-1:] == [eos]:
-            mended[f"{name}_ids"] = ids[:-1]
-    return mended

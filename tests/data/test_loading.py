@@ -228,19 +228,19 @@ def test_preprocess_debug_shows_the_tokens_that_are_trained(preprocess_debug, to
 
 
 def test_preprocess_debug_of_pairs(preprocess_debug, tokenizer):
+    """Ids and labels of what is trained, as for rows with labels."""
     content = [question(i) | {"chosen": f"Yes {i}.", "rejected": f"No {i}."} for i in range(4)]
     logged = preprocess_debug(content, "paired", weight=2.0)
-    shown: dict[str, list[str]] = {}
-    for text in logged:
-        head, _, tokens = text.partition(": ")
-        shown.setdefault(head, []).append(
-            tokenizer.decode([int(token) for token in re.findall(r"\((\d+)\)", tokens)])
-        )
-    assert list(shown) == ["INPUT PROMPT", "CHOSEN RESPONSE", "REJECTED RESPONSE"]
-    for prompt, chosen, rejected in zip(*shown.values(), strict=True):
-        (number,) = re.findall(r"Question (\d)", prompt)
-        assert (chosen, rejected) == (f"Yes {number}.<|im_end|>", f"No {number}.<|im_end|>")
-    assert len(shown["INPUT PROMPT"]) == 3
+    shown = [re.findall(r"\((-?\d+), (\d+)\)", text) for text in logged if "(-100, " in text]
+    assert len(shown) == 6
+    for chosen, rejected in zip(shown[::2], shown[1::2], strict=True):
+        whole, other = (tokenizer.decode([int(i) for _, i in row]) for row in (chosen, rejected))
+        (number,) = re.findall(r"Question (\d)", whole)
+        assert whole.endswith(f"assistant\nYes {number}.<|im_end|>")
+        assert other == whole.replace("Yes", "No")
+        for row in (chosen, rejected):
+            trained = [int(i) for label, i in row if label != "-100"]
+            assert tokenizer.decode(trained).endswith(f" {number}.<|im_end|>")
 
 
 def test_an_unreadable_label_stops_the_run_with_its_row(config, entry):

@@ -137,14 +137,30 @@ def test_mistakes_in_paired_entries(entry, message):
 
 
 def test_an_evaluation_that_the_host_would_read_by_other_options():
-    other = PAIRS | {"path": "more.jsonl", "field_chosen": "better"}
-    resolve_datasets({"datasets": [PAIRS, other], "test_datasets": [PAIRS, other]}, "paired")
-    with pytest.raises(ValueError, match=r"`test_datasets\[0\]`.* in `field_chosen`: give both"):
-        resolve_datasets({"datasets": [PAIRS, other], "test_datasets": [other]}, "paired")
-    with pytest.raises(
-        ValueError, match=r"by the options of `datasets\[1\]`, which differs in all"
-    ):
-        resolve_datasets({"datasets": [PAIRS], "test_datasets": [PAIRS, PAIRS]}, "paired")
+    """A function of the user's is given the options of the training entry; ours is not."""
+    for kind in ("chat_template.default", "data_helpers.write_rows"):
+        one = PAIRS | {"type": kind}
+        other = one | {"path": "more.jsonl", "field_chosen": "better"}
+        both = {"datasets": [one, other], "test_datasets": [one, other]}
+        exchanged = {"datasets": [one, other], "test_datasets": [other]}
+        more = {"datasets": [one], "test_datasets": [one, one]}
+        resolve_datasets(both, "paired")
+        if kind == "chat_template.default":
+            resolve_datasets(exchanged, "paired")
+            resolve_datasets(more, "paired")
+            continue
+        with pytest.raises(ValueError, match=r"`test_datasets\[0\]`.* in `field_chosen`: give"):
+            resolve_datasets(exchanged, "paired")
+        with pytest.raises(ValueError, match=r"options of `datasets\[1\]`, which differs in all"):
+            resolve_datasets(more, "paired")
+
+
+@pytest.mark.parametrize("kind", ["chatml.intel", "llama3.ultra", {"field_prompt": "question"}])
+def test_keys_that_the_hosts_text_types_do_not_read(kind):
+    for key, value in (("field_chosen", "better"), ("chat_template", "llama3")):
+        entry = {"path": "rows.jsonl", "type": kind, key: value}
+        with pytest.raises(ValueError, match=rf"`datasets\[0\].{key}` is not an option of this"):
+            resolve_datasets({"datasets": [entry]}, "paired")
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_listwise_in_columns():
                 "label": 1,
             },
             {},
-            "is not the text of a turn",
+            "`prompt`: {'image': 1} is not a part with text",
         ),
         (
             {"prompt": "Hi", "completion": "Hello.", "label": True, "tools": "{"},

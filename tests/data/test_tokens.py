@@ -10,9 +10,10 @@ from data_helpers import FAMILIES, write_rows
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoTokenizer
 
-from aot_plugin.data import prepare_text_rows, prepare_tokens, resolve_unpaired_datasets
+from aot_plugin.data import prepare_tokens, resolve_unpaired_datasets
 from aot_plugin.data.loading import load_datasets
-from aot_plugin.data.strategy import FEATURES, transform_for
+from aot_plugin.data.strategy import transform_for
+from aot_plugin.data.tokens import features
 
 SYSTEM = {"role": "system", "content": "Answer in one word."}
 TURNS = [
@@ -38,17 +39,17 @@ def prepare(conversations, tokenizer, **options):
         "completion": [turns[-1:] for turns in conversations],
         "label": [number % 2 == 0 for number in range(len(conversations))],
     }
-    return Dataset.from_dict(transform(batch, tokenizer=tokenizer), features=FEATURES)
+    return Dataset.from_dict(transform(batch, tokenizer=tokenizer), features=features("unpaired"))
 
 
-def never(dataset):
-    raise AssertionError("TRL is not to tokenize rows of our strategies")
+def prepared_rows(dataset, tokenizer, mode="unpaired", max_length=None):
+    return prepare_tokens(dataset, tokenizer, mode, max_length)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_are_the_templates(family, model_dir):
     tokenizer = AutoTokenizer.from_pretrained(model_dir(family))
-    prepared = prepare_tokens(prepare(CONVERSATIONS, tokenizer), never, max_length=256)
+    prepared = prepared_rows(prepare(CONVERSATIONS, tokenizer), tokenizer, max_length=256)
     assert len(prepared) == len(CONVERSATIONS)
     for row, turns in zip(prepared, CONVERSATIONS, strict=True):
         prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True)["input_ids"]
@@ -65,7 +66,7 @@ def test_ids_are_the_templates(family, model_dir):
 def test_no_character_is_lost_where_a_token_crosses_the_border(family, model_dir):
     tokenizer = AutoTokenizer.from_pretrained(model_dir(family))
     turns = [TURNS[0], {"role": "assistant", "content": "  \n Blue."}]
-    (row,) = prepare_tokens(prepare([turns], tokenizer), never, max_length=None)
+    (row,) = prepared_rows(prepare([turns], tokenizer), tokenizer, max_length=None)
     prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True)["input_ids"]
     assert row["prompt_ids"] == prompt
     text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
@@ -92,41 +93,45 @@ def test_an_end_of_turn_token_other_than_eos_is_the_end(model_dir):
 
 
 def test_a_reasoning_block_that_only_the_generation_prompt_opens(tokenizer):
+    """The answer would be trained within a block that nothing closes."""
     template = (
         "{% for turn in messages %}<|im_start|>{{ turn['content'] }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|><think>{% endif %}"
     )
     options = {"chat_template": "jinja", "chat_template_jinja": template}
-    (row,) = prepare(CONVERSATIONS[:1], tokenizer, **options)
-    assert row["prompt"].endswith("<|im_end|><|im_start|><think>")
-    assert row["completion"] == "Blue.<|im_end|>"
+    with pytest.raises(ValueError, match="contradict each other: .<think>. against .Blue"):
+        prepare(CONVERSATIONS[:1], tokenizer, **options)
 
 
 def test_prompts_that_fill_the_length_are_dropped(tokenizer):
     dataset = prepare(CONVERSATIONS, tokenizer)
     lengths = [len(ids) for ids in dataset["template_prompt_ids"]]
-    prepared = prepare_tokens(dataset, never, max_length=max(lengths))
+    prepared = prepared_rows(dataset, tokenizer, max_length=max(lengths))
     assert len(prepared) == sum(length < max(lengths) for length in lengths) < len(dataset)
 
 
 @pytest.mark.parametrize("family", ["mistral", "chatml"])
 def test_mixed_with_rows_of_the_hosts_strategies(family, model_dir, trl_prepare):
-    """TRL tokenizes those rows, with its second begin-of-sequence token, and none of ours."""
+    """Rows of text have TRL's tokens, which begin with the begin-of-sequence token, once."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir(family))
     ours = prepare(CONVERSATIONS, tokenizer)
     host = ours.select_columns(["prompt", "completion", "label"])
-    mixed = prepare_tokens(concatenate_datasets([host, ours]), trl_prepare(family), max_length=256)
-    alone = prepare_tokens(ours, never, max_length=256)
+    mixed = prepared_rows(concatenate_datasets([host, ours]), tokenizer, max_length=256)
+    alone = prepared_rows(ours, tokenizer, max_length=256)
+    trl = trl_prepare(family)(host)
     of_host, of_ours = mixed.select(range(4)), mixed.select(range(4, 8))
+    bos = tokenizer.bos_token_id
     for name in ("prompt_ids", "completion_ids", "label"):
         assert of_ours[name] == alone[name]
-    assert of_host["prompt_ids"] == [[tokenizer.bos_token_id, *ids] for ids in alone["prompt_ids"]]
-    assert of_host["completion_ids"] == alone["completion_ids"]
+    assert of_host["completion_ids"] == trl["completion_ids"] == alone["completion_ids"]
+    for ids, theirs in zip(of_host["prompt_ids"], trl["prompt_ids"], strict=True):
+        assert ids[0] == bos != ids[1]
+        assert theirs == (ids if family == "chatml" else [bos, *ids])
 
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_text_rows_have_one_begin_and_one_end(paired, model_dir, trl_prepare):
-    """Rows as the host's strategies render them, prepared by TRL itself."""
+    """Rows as the host's strategies render them: TRL's tokens but for a second begin or end."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir("chatml"))
     tokenizer.eos_token = "</s>"
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
@@ -136,20 +141,50 @@ def test_text_rows_have_one_begin_and_one_end(paired, model_dir, trl_prepare):
         rows |= {"chosen": texts, "rejected": texts[::-1]}
     else:
         rows |= {"completion": texts, "label": [True, False, True, False]}
-    trl = trl_prepare("chatml", paired, eos_token="</s>")
-    prepared = prepare_text_rows(Dataset.from_dict(rows), trl, tokenizer)
+    mode = "paired" if paired else "unpaired"
+    prepared = prepared_rows(Dataset.from_dict(rows), tokenizer, mode)
+    trl = trl_prepare("chatml", paired, eos_token="</s>")(Dataset.from_dict(rows))
 
-    def texts_of(column):
-        return [tokenizer.decode(ids).replace(" ", "") for ids in prepared[column]]
+    def texts_of(column, dataset=prepared):
+        return [tokenizer.decode(ids).replace(" ", "") for ids in dataset[column]]
 
     assert texts_of("prompt_ids") == ["<s>Nameone."] * 4
     ends = ["Red.<|im_end|>", "Blue.</s>", "Green.</s>", "Grey.<|im_end|></s>"]
     if paired:
         assert texts_of("chosen_ids") == ends
         assert texts_of("rejected_ids") == ends[::-1]
+        assert [ids[-1] for ids in trl["chosen_ids"]] == [tokenizer.eos_token_id] * 4
     else:
         assert texts_of("completion_ids") == ends
-    assert not [name for name in prepared.column_names if name.startswith("aot_")]
+    assert prepared["prompt_ids"][1] == trl["prompt_ids"][1]
+    name = "chosen_ids" if paired else "completion_ids"
+    assert prepared[name][1:] == trl[name][1:]
+
+
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+@pytest.mark.parametrize("family", ["smollm2", "mistral", "llama3"])
+def test_a_format_that_ends_in_a_blank(mode, family, model_dir, trl_prepare):
+    """TRL loses the first word, which is a token with that blank; we lose no character."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir(family))
+    texts = ["Blue is one.", "e", "\nNo.", " two blanks"]
+    rows = {"prompt": ["Q: Name a colour.\nA: "] * 4}
+    if mode == "paired":
+        rows |= {"chosen": texts, "rejected": ["Never."] * 4}
+    else:
+        rows |= {"completion": texts, "label": [True, False, True, False]}
+    name = "chosen_ids" if mode == "paired" else "completion_ids"
+    prepared = prepared_rows(Dataset.from_dict(rows), tokenizer, mode)
+    prompt = tokenizer(rows["prompt"][0])["input_ids"]
+    lost = 0
+    trl = trl_prepare(family, mode == "paired")(Dataset.from_dict(rows))
+    for row, theirs, text in zip(prepared, trl, texts, strict=True):
+        assert row["prompt_ids"] == prompt
+        whole = tokenizer.decode(row["prompt_ids"] + row[name], skip_special_tokens=True)
+        assert whole == rows["prompt"][0] + text
+        assert row[name][-1] == tokenizer.eos_token_id
+        kept = tokenizer.decode(theirs["prompt_ids"] + theirs[name], skip_special_tokens=True)
+        lost += kept != rows["prompt"][0] + text
+    assert lost
 
 
 THINKING = """{%- if tools %}{{ '<|im_start|>system\\n# Tools\\n' }}
@@ -226,8 +261,8 @@ def test_tools_and_reasoning_are_rendered(form, model_dir, config, tmp_path):
         "chat_template_jinja": THINKING,
     }
     cfg = config([entry], "smollm2", skip_prepare_dataset=True, sequence_len=2048)
-    prepared = prepare_tokens(load_datasets(cfg).train_dataset, never, max_length=2048)
     tokenizer = AutoTokenizer.from_pretrained(model_dir("smollm2"))
+    prepared = prepared_rows(load_datasets(cfg).train_dataset, tokenizer, max_length=2048)
     assert len(prepared) == len(TOOL_ROWS)
     for row, source in zip(prepared, TOOL_ROWS, strict=True):
         given = {"tools": source["tools"], "chat_template": THINKING}
@@ -272,31 +307,27 @@ def paired_entry(tmp_path, rows, form, **options):
     } | options
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["default", "argilla_chat"])
+@pytest.mark.parametrize("kind", ["chat_template.default", "chat_template.argilla_chat"])
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_tools_of_pairs_are_rendered(form, whole, model_dir, config, trl_prepare, tmp_path):
-    rows, kind = tool_pairs(), "chat_template.default"
-    if whole:  # Axolotl's argilla_chat knows no further properties
-        kind, rows = "chat_template.argilla_chat", [*rows[3:], rows[3] | {"tools": [CLOCK]}]
+def test_tools_of_pairs_are_rendered(form, kind, model_dir, config, tmp_path):
+    rows = tool_pairs()
+    if kind.endswith("argilla_chat"):
         for row in rows:
             turns = row.pop("messages")
             row |= {name: [*turns, row[name]] for name in ("chosen", "rejected")}
-    entry = paired_entry(tmp_path, rows, form, type=kind, field_tools="tools")
+    entry = paired_entry(tmp_path, rows, form, type=kind)
     cfg = config(
         [entry], "smollm2", aot_mode="paired", skip_prepare_dataset=True, sequence_len=2048
     )
-    assert cfg.datasets[0].type.startswith("aot_plugin.paired_")
     tokenizer = AutoTokenizer.from_pretrained(model_dir("smollm2"))
-    prepared = prepare_text_rows(
-        load_datasets(cfg).train_dataset, trl_prepare("smollm2", paired=True), tokenizer
-    )
+    prepared = prepared_rows(load_datasets(cfg).train_dataset, tokenizer, "paired")
     assert len(prepared) == len(rows)
     for row, source in zip(prepared, rows, strict=True):
         given = {"tools": source["tools"], "chat_template": THINKING}
         for name in ("chosen", "rejected"):
-            turns = source[name] if whole else [*source["messages"], source[name]]
-            if whole:
-                turns = [{key: turn[key] for key in ("role", "content")} for turn in turns]
+            turns = (
+                source[name] if "messages" not in source else [*source["messages"], source[name]]
+            )
             ids = tokenizer.apply_chat_template(turns, **given)["input_ids"]
             trained = row["prompt_ids"] + row[f"{name}_ids"]
             assert trained == ids[: len(trained)]
@@ -304,27 +335,23 @@ def test_tools_of_pairs_are_rendered(form, whole, model_dir, config, trl_prepare
         assert ("# Tools" in tokenizer.decode(row["prompt_ids"])) == bool(source["tools"])
 
 
-def test_tools_of_pairs_that_nobody_asked_for(config, tmp_path, caplog):
-    def load(entry):
-        return load_datasets(config([entry], aot_mode="paired", skip_prepare_dataset=True))
-
-    rows = tool_pairs()[::-1]
-    with pytest.raises(ValueError, match=r"pairs\.jsonl, row 1 has `tools`: write `field_tools"):
-        load(paired_entry(tmp_path, rows, "jsonl"))
+def test_tools_that_a_text_type_leaves_out(config, tmp_path, caplog):
     texts = [
         {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?", "tools": [CLOCK]} for _ in "ab"
     ]
     path = write_rows(tmp_path / "texts.jsonl", texts)
-    assert len(load({"path": path, "type": "chatml.prompt_pairs"}).train_dataset) == 2
+    entry = {"path": path, "type": "chatml.prompt_pairs"}
+    cfg = config([entry], aot_mode="paired", skip_prepare_dataset=True)
+    assert len(load_datasets(cfg).train_dataset) == 2
     assert "texts.jsonl: the column `tools` has no effect" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"field_tools": "functions"}, "row 0: there is no 'functions' .type chat_template.def"),
-        ({"field_tools": "broken"}, "row 2: .*`broken`: '{' is not JSON.*type chat_template.def"),
-        ({"field_tools": "tools", "type": "chatml.ultra"}, r"datasets\[0\]\.field_tools`.*ultra"),
+        ({"field_tools": "functions"}, "row 0: there is no column `functions`"),
+        ({"field_tools": "broken"}, "row 2: `broken`: '{' is not JSON"),
+        ({"type": "chatml.ultra"}, r"datasets\[0\]\.chat_template` is not an option"),
     ],
 )
 def test_tools_of_pairs_that_are_wrong(options, message, config, tmp_path):
@@ -341,15 +368,10 @@ def test_a_reasoning_block_that_the_generation_prompt_has_opened(model_dir):
     template = {"chat_template_kwargs": {"open_thinking": True}}
     transform = transform_for(template, resolved | {"options": options})
     reasoned = ANSWERED | {"role": "assistant", "reasoning_content": "It says 21."}
-    for last, completion in (
-        (reasoned, "It says 21.\n</think>\n\n21<|im_end|>"),
-        (reasoned | {"reasoning_content": None}, "21<|im_end|>"),
-    ):
-        batch = {"messages": [[ASKED, last]], "label": [True]}
-        row = transform(batch, tokenizer=tokenizer)
-        assert row["prompt"][0].endswith("<|im_start|>assistant\n<think>\n")
-        assert row["completion"] == [completion]
-    # Without the generation prompt before it, a call has no text to go on from.
-    batch = {"messages": [[ASKED, CALLED]], "label": [True]}
-    with pytest.raises(ValueError, match="renders neither the generation prompt"):
-        transform(batch, tokenizer=tokenizer)
+    row = transform({"messages": [[ASKED, reasoned]], "label": [True]}, tokenizer=tokenizer)
+    assert row["prompt"][0].endswith("<|im_start|>assistant\n<think>\n")
+    assert row["completion"] == ["It says 21.\n</think>\n\n21<|im_end|>"]
+    # Without reasoning, or with a call, the block would stay open.
+    for last in (reasoned | {"reasoning_content": None}, CALLED):
+        with pytest.raises(ValueError, match="contradict each other"):
+            transform({"messages": [[ASKED, last]], "label": [True]}, tokenizer=tokenizer)

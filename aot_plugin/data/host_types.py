@@ -1,0 +1,135 @@
+"""What the host's types that render text by themselves can't represent in a row.
+
+Such a type writes some columns into a text: of a conversation perhaps two turns, of a list its
+Python notation, of null the word None. None of that fails. So the type itself is asked what it
+reads, and what becomes of a row with marks in place of its turns' contents.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+Strategy = Callable[[dict[str, Any]], Mapping[str, Any]]
+CALLS = "tool_calls"
+
+
+def first_unrepresented(
+    dataset: Dataset, strategy: Strategy, texts: Sequence[str]
+) -> tuple[int, str] | None:
+    """The number of the first row that a type loses a part of, and what.
+
+    Args:
+        strategy: a row -> its texts.
+        texts: the names of these, the prompt's first.
+    """
+    if not len(dataset):
+        return None
+    columns = _columns_read(dataset[0], strategy)
+    for name in columns:
+        if dataset.data.column(name).null_count:
+            number = next(n for n, value in enumerate(dataset[name]) if value is None)
+            if _null_shows(dataset[number], name, strategy, texts):
+                return number, f'`{name}` is null; remove the row, or write an empty text as ""'
+    nested = [name for name in columns if pa.types.is_nested(dataset.data.column(name).type)]
+    if not nested:
+        return None
+    known: dict[tuple[Any, ...], str | None] = {}
+    for number, row in enumerate(dataset):
+        for name in nested:
+            shape = (name, _shape(row[name]))
+            if shape not in known:
+                known[shape] = _lost(row, name, strategy, texts)
+            problem = known[shape] or _other_prompt(row, name, strategy, texts)
+            if problem is not None:
+                return number, problem
+    return None
+
+
+def _columns_read(row: dict[str, Any], strategy: Strategy) -> list[str]:
+    """The columns that a strategy looks at; none if it fails, which is another's to explain."""
+    read: list[str] = []
+
+    class Watched(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            read.append(key)
+            return super().__getitem__(key)
+
+        def get(self, key: str, default: Any = None) -> Any:
+            read.append(key)
+            return super().get(key, default)
+
+    try:
+        strategy(Watched(row))
+    except Exception:
+        return []
+    return [name for name in dict.fromkeys(read) if name in row]
+
+
+def _null_shows(row: dict[str, Any], name: str, strategy: Strategy, texts: Sequence[str]) -> bool:
+    absent, empty = (_made(row | {name: value}, strategy, texts) for value in (None, ""))
+    return absent is not None and absent != empty
+
+
+def _shape(value: Any) -> Any:
+    """What decides whether a type represents a value: the roles of its turns, and their calls."""
+    if not isinstance(value, list):
+        return type(value).__name__
+    return tuple(
+        (turn.get("role"), bool(turn.get(CALLS))) if isinstance(turn, Mapping) else None
+        for turn in value
+    )
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in value)
+    )
+
+
+def _lost(row: dict[str, Any], name: str, strategy: Strategy, texts: Sequence[str]) -> str | None:
+    value = row[name]
+    made = _made(row, strategy, texts)
+    if made is None:
+        return None  # the host says why
+    if str(value) in "".join(made):
+        return f"`{name}` holds {'turns' if _is_conversation(value) else type(value).__name__}"
+    if not _is_conversation(value):
+        return None
+    if any(turn.get(CALLS) for turn in value):
+        return f"`{name}` holds `{CALLS}`"
+    marks = [f"@{name} {number}@" for number in range(len(value))]
+    marked = [{**turn, "content": mark} for turn, mark in zip(value, marks, strict=True)]
+    made = _made(row | {name: marked}, strategy, texts)
+    if made is None:
+        return None
+    prompt, answers = made[0], "".join(made[1:])
+    # Of two turns the first is the prompt, which a row may say elsewhere.
+    complete = len(value) <= 2 or all(mark in prompt for mark in marks[:-1])
+    if not complete or marks[-1] not in answers:
+        roles = ", ".join(str(turn["role"]) for turn in value)
+        return f"`{name}` holds {len(value)} turns ({roles})"
+    return None
+
+
+def _other_prompt(
+    row: dict[str, Any], name: str, strategy: Strategy, texts: Sequence[str]
+) -> str | None:
+    """A conversation whose first turns are not those of the row's prompt."""
+    value = row[name]
+    made = _made(row, strategy, texts) if _is_conversation(value) else None
+    if made is None or all(str(turn["content"]) in made[0] for turn in value[:-1]):
+        return None
+    return f"`{name}` answers another prompt than the row's"
+
+
+def _made(row: dict[str, Any], strategy: Strategy, texts: Sequence[str]) -> list[str] | None:
+    """The texts of a row; None if the type fails."""
+    try:
+        found = {**row, **strategy(dict(row))}
+        return [str(found[name]) for name in texts]
+    except Exception:
+        return None
