@@ -99,7 +99,7 @@ def test_a_reasoning_block_that_only_the_generation_prompt_opens(tokenizer):
         "{% if add_generation_prompt %}<|im_start|><think>{% endif %}"
     )
     options = {"chat_template": "jinja", "chat_template_jinja": template}
-    with pytest.raises(ValueError, match="contradict each other: .<think>. against .Blue"):
+    with pytest.raises(ValueError, match=r"contradict each other: .<think>. against .Blue"):
         prepare(CONVERSATIONS[:1], tokenizer, **options)
 
 
