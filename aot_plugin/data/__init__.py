@@ -15,6 +15,7 @@ host resolves to a function of this package (``strategy_factory``).
     rows.py        a row -> examples (prompt turns, completion turn, label); all that knows schemas
     threads.py     trees of messages -> rows, for one of the strategies
     render.py      an example -> the two strings that the model is trained on
+    rendering.py   which chat template a run used, kept for the report
     strategy.py    the above as the batched map that the host calls
     accounting.py  what became of every row
     loading.py     the host's loading, with checks and a table around it (heavy to import)

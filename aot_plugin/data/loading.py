@@ -30,6 +30,7 @@ from transformers import HfArgumentParser
 from .accounting import RowCounts, check_labels, count_rows, table
 from .blame import check_host_type, check_text, naming_the_row
 from .mixing import is_mixed, rows_taken
+from .rendering import save_rendering
 from .strategy import arranged
 from .tokens import COMPLETIONS, ids_columns, is_text
 
@@ -69,6 +70,8 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
         meta = load_preference_datasets(cfg=cfg, cli_args=_flags(preprocess))
     for path, stored in counts.items():
         _store(path, stored)
+    if is_main_process() and not preprocess:
+        save_rendering(cfg, load_tokenizer(cfg))
     if not unpaired:
         meta.train_dataset = _without_identical(meta.train_dataset, "train")
         if meta.eval_dataset is not None:

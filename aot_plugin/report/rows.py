@@ -1,4 +1,4 @@
-"""Evaluation rows from a JSON Lines file, rendered to token ids by a tokenizer's chat template."""
+"""Evaluation rows from a JSON Lines file, with the token ids that training would give them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..data.accounting import FAULTS
+from ..data.labels import Drop
+from ..data.options import ConversationOptions
+from ..data.render import Renderer
+from ..data.rows import examples
+from ..data.tokens import COMPLETIONS, token_ids
 from .scores import Mode
+
+OPTIONS = ConversationOptions()
 
 _FIELDS: dict[Mode, tuple[str, str]] = {
     "paired": ("chosen", "rejected"),
@@ -66,51 +74,35 @@ def _mode_of(row: Row) -> Mode | None:
     return None
 
 
-def render(tokenizer: Any, row: Row, field: str, plain: bool = False) -> Sequence:
-    """Token ids of the row's prompt and of the completion `row[field]`.
+def sequences_of(row: Row, mode: Mode, render: Renderer | None, tokenizer: Any) -> list[Sequence]:
+    """The sequences of a row, chosen before rejected, with the token ids that training gives them.
 
-    The prompt is a list of messages, or a string that becomes a user message; the completion is a
-    string, one message, or a list of messages. Both are rendered by the tokenizer's chat template;
-    what follows the rendered prompt (with its generation prompt) is the completion, end-of-turn
-    token included, white space at its end not (a template's newline between turns is nothing that
-    a model answers, and the host's strategies drop it as well). With plain=True both must be
-    strings and are taken as they are, the completion followed by the end-of-text token.
+    Args:
+        render: the run's renderer; None takes prompt and completion as the text that they are,
+            with the tokenizer's begin-of-sequence and end-of-sequence tokens.
 
-    Raises ValueError if the template is missing or doesn't extend the prompt, or for an empty
-    completion.
+    Raises:
+        ValueError: if the row can't be read or rendered.
     """
-    prompt = row["messages"] if "messages" in row else row["prompt"]
-    if plain:
-        if not isinstance(prompt, str) or not isinstance(row[field], str):
-            raise ValueError(f"plain rows need strings for prompt and {field}")
-        before, after = prompt, row[field] + (tokenizer.eos_token or "")
+    fields = COMPLETIONS[mode]
+    if render is None:
+        values = [row.get("prompt"), *(row[field] for field in fields)]
+        if not all(isinstance(value, str) for value in values):
+            raise ValueError(f"plain rows need strings for prompt and {' and '.join(fields)}")
+        texts = [(values[0], completion) for completion in values[1:]]
+        empty = next((f for f, (_, text) in zip(fields, texts, strict=True) if not text), None)
+        if empty:
+            raise ValueError(f"empty {empty}")
     else:
-        before, after = _by_chat_template(tokenizer, prompt, row[field])
-    sequence = Sequence(*(_token_ids(tokenizer, text) for text in (before, after)))
-    if not sequence.completion:
-        raise ValueError(f"empty {field}")
-    if not sequence.prompt:
+        responses = [(row[field], field, True) for field in fields]
+        texts = []
+        for field, found in zip(fields, examples(row, responses, OPTIONS), strict=True):
+            if isinstance(found, Drop):
+                raise ValueError(f"`{field}`: {FAULTS.get(found, found.value)}")
+            texts.append(render(found))
+    ids = token_ids(
+        [prompt for prompt, _ in texts], [[text] for _, text in texts], tokenizer, render is None
+    )
+    if not all(prompt for prompt, _ in ids):
         raise ValueError("empty prompt: the first token of a completion needs one before it")
-    return sequence
-
-
-def _by_chat_template(tokenizer: Any, prompt: Any, completion: Any) -> tuple[str, str]:
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; use --plain for rows of plain text")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    elif isinstance(completion, dict):
-        completion = [completion]
-    before = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*messages, *completion], tokenize=False)
-    if not whole.startswith(before):
-        raise ValueError(
-            "the chat template renders the prompt differently when a completion follows, so the "
-            f"completion can't be told apart:\n{before!r}\n{whole!r}"
-        )
-    return before, whole[len(before) :].rstrip()
-
-
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [Sequence(prompt, completion) for prompt, completion in ids]

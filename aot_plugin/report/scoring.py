@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..data.options import ConversationOptions
+from ..data.render import Renderer
+from ..data.rendering import read_rendering
 from .dominance import FloatArray
 from .rows import Sequence as TokenSequence
-from .rows import read_rows, render
+from .rows import read_rows, sequences_of
 from .scores import Scores
 
 LOG = logging.getLogger(__name__)
@@ -55,7 +58,9 @@ def score_run(
     `run` holds a LoRA adapter (the reference is then the base model with the adapter disabled:
     `base_model`, or what adapter_config.json names) or a full model (then `reference` is needed),
     itself or in its latest checkpoint. `beta` defaults to that of the run's training arguments.
-    Rows are as in `read_rows`, rendered as in `render`. Log-probabilities are computed in float32
+    Rows are as in `read_rows`, and become the tokens that they would in the run's training
+    (`data.render`; the chat template and its keys are those that the run used, or the tokenizer's
+    where the run was not `rl: aot`). Log-probabilities are computed in float32
     from logits in the model's `dtype` ("auto": as saved). A batch holds at most `batch_tokens`
     tokens, padding included, or one sequence. Rows with a sequence beyond `max_tokens` tokens are
     left out and counted in the log.
@@ -67,17 +72,17 @@ def score_run(
     beta = read_beta(run) if beta is None else beta
     mode, rows = read_rows(eval_data)
     policy = load_policy(saved, base_model, reference, dtype)
-    fields = ("chosen", "rejected") if mode == "paired" else ("completion",)
+    render = None if plain else run_renderer(run, policy.tokenizer)
     sequences = []
     labels = []
     for number, row in enumerate(rows, start=1):
         try:
-            rendered = [render(policy.tokenizer, row, field, plain) for field in fields]
+            found = sequences_of(row, mode, render, policy.tokenizer)
         except ValueError as error:
             raise ValueError(f"{eval_data}, row {number}: {error}") from None
-        if max_tokens and max(len(s.prompt) + len(s.completion) for s in rendered) > max_tokens:
+        if max_tokens and max(len(s.prompt) + len(s.completion) for s in found) > max_tokens:
             continue
-        sequences.extend(rendered)
+        sequences.extend(found)
         labels.append(bool(row.get("label")))
     if len(labels) < len(rows):
         LOG.warning(
@@ -110,6 +115,17 @@ def score_run(
         chosen_tokens=tokens[0::2],
         rejected_tokens=tokens[1::2],
     )
+
+
+def run_renderer(run: Path, tokenizer: Any) -> Renderer:
+    """What renders rows as the run's training did.
+
+    Raises ValueError if neither the run nor its tokenizer says by which chat template.
+    """
+    cfg = read_rendering(run)
+    if cfg is None and not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; use --plain for rows of plain text")
+    return Renderer(cfg or {}, ConversationOptions(), tokenizer)
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -1,9 +1,14 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
-from aot_plugin.report.rows import read_rows, render
+from aot_plugin.data.options import ConversationOptions
+from aot_plugin.data.render import Renderer
+from aot_plugin.report.rows import read_rows, sequences_of
+from aot_plugin.report.scoring import run_renderer
 
 
 def write(tmp_path, *rows):
@@ -38,24 +43,15 @@ def test_bad_files_are_explained(rows, message, tmp_path):
         read_rows(write(tmp_path, *rows))
 
 
-class Characters:
-    """A tokenizer whose ids are code points and whose template is <role:content>."""
-
-    chat_template = "x"
-    eos_token = "$"
-
-    def __call__(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return {"input_ids": [ord(c) for c in text]}
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
-        assert not tokenize
-        text = "".join(f"<{m['role']}:{m['content']}>\n" for m in messages)
-        return text + ("<assistant:" if add_generation_prompt else "")
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
 
 
-def texts(sequence):
-    return tuple("".join(map(chr, ids)) for ids in sequence)
+def texts(tokenizer, row, mode, cfg=None, plain=False):
+    render = None if plain else Renderer(cfg or {}, ConversationOptions(), tokenizer)
+    found = sequences_of(row, mode, render, tokenizer)
+    return [tuple(tokenizer.decode(ids) for ids in sequence) for sequence in found]
 
 
 @pytest.mark.parametrize(
@@ -63,27 +59,47 @@ def texts(sequence):
     ["c", {"role": "assistant", "content": "c"}, [{"role": "assistant", "content": "c"}]],
 )
 @pytest.mark.parametrize("prompt", ["p", [{"role": "user", "content": "p"}]])
-def test_the_completion_is_what_the_template_adds(prompt, completion):
-    row = {"prompt": prompt, "chosen": completion}
-    assert texts(render(Characters(), row, "chosen")) == ("<user:p>\n<assistant:", "c>")
+def test_the_completion_is_what_the_template_adds(prompt, completion, tokenizer):
+    row = {"prompt": prompt, "chosen": completion, "rejected": "r"}
+    (asked, answer), other = texts(tokenizer, row, "paired")
+    assert asked.endswith("<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n")
+    assert answer == "c<|im_end|>"
+    assert other == (asked, "r<|im_end|>")
 
 
-def test_plain_text():
-    assert texts(render(Characters(), PAIR, "rejected", plain=True)) == ("p", "r$")
+def test_a_template_without_end_and_one_that_opens_a_block(tokenizer):
+    """As in training: an end-of-sequence token is put where none is, and a block that the
+    generation prompt has opened goes on in the completion."""
+    bare = {"chat_template": "jinja"}
+    bare["chat_template_jinja"] = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    )
+    assert texts(tokenizer, PAIR, "paired", bare)[0] == ("user: p", "assistant: c<|im_end|>")
+    (asked, answer), _ = texts(tokenizer, PAIR, "paired", {"chat_template": "qwen3"})
+    assert asked.endswith("<|im_start|>assistant\n<think>\n\n")
+    assert answer == "</think>\n\nc<|im_end|>"
+    closed = {"chat_template": "qwen3", "chat_template_kwargs": {"enable_thinking": False}}
+    assert texts(tokenizer, PAIR, "paired", closed)[0][1] == "c<|im_end|>"
 
 
-def test_what_cannot_be_rendered_is_explained():
+def test_plain_text(tokenizer):
+    assert texts(tokenizer, PAIR, "paired", plain=True) == [
+        ("p", "c<|im_end|>"),
+        ("p", "r<|im_end|>"),
+    ]
+
+
+def test_what_cannot_be_rendered_is_explained(tokenizer):
     with pytest.raises(ValueError, match="need strings for prompt and completion"):
-        render(Characters(), SINGLE, "completion", plain=True)
+        texts(tokenizer, SINGLE, "unpaired", plain=True)
+    with pytest.raises(ValueError, match="empty prompt"):
+        texts(tokenizer, PAIR | {"prompt": ""}, "paired", plain=True)
+    with pytest.raises(ValueError, match="empty chosen"):
+        texts(tokenizer, PAIR | {"chosen": ""}, "paired", plain=True)
+    with pytest.raises(ValueError, match="`chosen`: there is no prompt, or no response"):
+        texts(tokenizer, PAIR | {"chosen": ""}, "paired")
+    with pytest.raises(ValueError, match="`rejected`: 5 is neither text nor a list of turns"):
+        texts(tokenizer, PAIR | {"rejected": 5}, "paired")
     bare = SimpleNamespace(chat_template=None)
     with pytest.raises(ValueError, match="no chat template; use --plain"):
-        render(bare, PAIR, "chosen")
-    with pytest.raises(ValueError, match="empty prompt"):
-        render(Characters(), PAIR | {"prompt": ""}, "chosen", plain=True)
-    tokenizer = Characters()
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="empty chosen"):
-        render(tokenizer, PAIR | {"chosen": ""}, "chosen", plain=True)
-    tokenizer.apply_chat_template = lambda messages, **_: str(len(messages))
-    with pytest.raises(ValueError, match="renders the prompt differently"):
-        render(tokenizer, PAIR, "chosen")
+        run_renderer(Path("nowhere"), bare)

@@ -10,7 +10,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aot_plugin.report.rows import render
+from aot_plugin.data.options import ConversationOptions
+from aot_plugin.data.render import Renderer
+from aot_plugin.report.rows import sequences_of
 from aot_plugin.report.scoring import (
     batches_by_length,
     find_model,
@@ -100,7 +102,11 @@ def test_base_model_overrides_what_the_adapter_says(lora_run, tiny_model, pairs,
 
 def test_long_rows_are_left_out_as_pairs(lora_run, pairs, pair_rows, tiny_model, caplog):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    longest = [max(sum(map(len, render(tokenizer, row, f))) for f in FIELDS) for row in pair_rows]
+    render = Renderer({}, ConversationOptions(), tokenizer)
+    longest = [
+        max(sum(map(len, sequence)) for sequence in sequences_of(row, "paired", render, tokenizer))
+        for row in pair_rows
+    ]
     limit = max(longest) - 1
     kept = np.array(longest) <= limit
     with caplog.at_level(logging.WARNING, logger="aot_plugin"):

@@ -1,0 +1,49 @@
+"""How a run rendered its rows, kept in its output folder: the report scores the same tokens."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from axolotl.utils.logging import get_logger
+
+from .options import parsed_options
+from .render import Renderer
+from .strategy import template_config
+
+LOG = get_logger("axolotl.aot_plugin.data")
+FILE = Path("aot") / "rendering.json"
+"""Under the output folder of a run."""
+
+
+def save_rendering(cfg: Mapping[str, Any], tokenizer: Any) -> None:
+    """Write the chat templates (as text) and their keys that the entries of a run use; nothing if
+    none of them renders by a template."""
+    template = template_config(cfg)
+    found = []
+    for resolved in (cfg.get("aot_datasets") or {}).values():
+        text = Renderer(template, parsed_options(resolved), tokenizer).template
+        used = {
+            "chat_template": "jinja",
+            "chat_template_jinja": text,
+            "chat_template_kwargs": template["chat_template_kwargs"],
+        }
+        if used not in found:
+            found.append(used)
+    if found:
+        path = Path(cfg["output_dir"]) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def read_rendering(run: Path) -> dict[str, Any] | None:
+    """The keys that ``Renderer`` takes, from a run's folder or that of its checkpoint; None if the
+    run left none."""
+    paths = (folder / FILE for folder in (run, run.resolve().parent))
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
+    first, *others = json.loads(path.read_text(encoding="utf-8"))
+    if others:
+        LOG.warning("%s names %d chat templates; the first one is used", path, 1 + len(others))
+    return first
