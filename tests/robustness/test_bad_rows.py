@@ -57,9 +57,10 @@ def load(small_model: Path, tmp_path: Path) -> Load:
         if written is not None:
             (counts,) = json.loads(written.read_text())
             dropped = counts["dropped"]
-            assert counts["rows"] == counts["positive"] + counts["negative"] + sum(dropped.values())
-            assert [row["label"] for row in rows].count(True) == counts["positive"]
-            assert len(rows) == counts["positive"] + counts["negative"]
+            kept = counts["pairs"] if mode == "paired" else counts["positive"] + counts["negative"]
+            assert counts["rows"] == kept + sum(dropped.values())
+            assert [row.get("label") for row in rows].count(True) == counts["positive"]
+            assert len(rows) == kept
             run.dropped = dropped  # type: ignore[attr-defined]
         return rows
 
@@ -144,20 +145,25 @@ def test_an_unpaired_row_of_the_wrong_type_is_named(
 TURN = {"role": "assistant", "content": "house river"}
 PAIRED: dict[str, tuple[Callable[[Row], Row], str]] = {
     "as it should be": (lambda row: row, "kept"),
-    "chosen null": (lambda row: row | {"chosen": None}, "error"),
-    "rejected null": (lambda row: row | {"rejected": None}, "error"),
-    "chosen missing": (lambda row: {k: v for k, v in row.items() if k != "chosen"}, "error"),
-    "chosen without text": (lambda row: row | {"chosen": TURN | {"content": None}}, "error"),
-    "chosen says nothing": (lambda row: row | {"chosen": TURN | {"content": ""}}, "kept"),
+    "chosen null": (lambda row: row | {"chosen": None}, "empty"),
+    "rejected null": (lambda row: row | {"rejected": None}, "empty"),
+    "chosen missing": (lambda row: {k: v for k, v in row.items() if k != "chosen"}, "empty"),
+    "chosen without text": (lambda row: row | {"chosen": TURN | {"content": None}}, "empty"),
+    "chosen says nothing": (lambda row: row | {"chosen": TURN | {"content": ""}}, "empty"),
     "chosen of another role": (lambda row: row | {"chosen": TURN | {"role": "bot"}}, "error"),
-    "messages null": (lambda row: row | {"messages": None}, "error"),
-    "messages missing": (lambda row: {k: v for k, v in row.items() if k != "messages"}, "error"),
+    "messages null": (lambda row: row | {"messages": None}, "empty"),
+    "messages missing": (lambda row: {k: v for k, v in row.items() if k != "messages"}, "empty"),
+    "messages answered": (lambda row: row | {"messages": [*row["messages"], TURN]}, "error"),
+    "messages with the chosen answer": (
+        lambda row: row | {"messages": [*row["messages"], row["chosen"]]},
+        "kept",
+    ),
     "chosen long": (lambda row: row | {"chosen": TURN | {"content": LONG}}, "too long"),
     "messages long": (
         lambda row: row | {"messages": [{"role": "user", "content": LONG}]},
         "too long",
     ),
-    "equal responses": (lambda row: row | {"rejected": row["chosen"]}, "kept"),
+    "equal responses": (lambda row: row | {"rejected": row["chosen"]}, "identical"),
     "more columns": (lambda row: row | {"note": "x"}, "kept"),
 }
 
@@ -169,7 +175,10 @@ def test_pairs_are_kept_or_counted_or_named(kinds: list[str], load: Load) -> Non
     rows = [PAIRED[kind][0](row) for kind, row in zip(kinds, good, strict=False)] + good[-2:]
     fates = [PAIRED[kind][1] for kind in kinds]
     if "error" not in fates:
-        assert len(load(rows, "paired")) == len(rows) - fates.count("too long")
+        dropped = [fate for fate in fates if fate != "kept"]
+        assert len(load(rows, "paired")) == len(rows) - len(dropped)
+        expected = {fate: dropped.count(fate) for fate in set(dropped)}
+        assert load.dropped == expected  # type: ignore[attr-defined]
         return
     with pytest.raises(ValueError, match=r"rows\d+\.jsonl(, row \d+: | can't be read: )") as error:
         load(rows, "paired")

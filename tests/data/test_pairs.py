@@ -1,0 +1,244 @@
+"""Pairs through the host's own loading: which turns are trained, and what is refused or dropped."""
+
+import pytest
+from data_helpers import write_rows
+from transformers import AutoTokenizer
+
+from aot_plugin.data import prepare_tokens
+from aot_plugin.data.loading import load_datasets
+
+USER = {"role": "user", "content": "Name a colour."}
+RED = {"role": "assistant", "content": "Red."}
+MORE = {"role": "user", "content": "Another?"}
+BLUE = {"role": "assistant", "content": "Blue."}
+PINK = {"role": "assistant", "content": "Pink."}
+PROMPT = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
+LONGER = f"{PROMPT}Red.<|im_end|>\n<|im_start|>user\nAnother?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture
+def load(config, model_dir, tmp_path):
+    """``load(rows, **entry)``: the texts of the ids that a paired run trains."""
+
+    def run(rows, mode="paired", **entry):
+        path = write_rows(tmp_path / "rows.jsonl", rows)
+        entry = {"path": path, "type": "chat_template.default"} | entry
+        cfg = config([entry], "smollm2", aot_mode=mode, chat_template="chatml")
+        tokenizer = AutoTokenizer.from_pretrained(model_dir("smollm2"))
+        prepared = prepare_tokens(load_datasets(cfg).train_dataset, tokenizer, mode, None)
+        names = ("chosen", "rejected") if mode == "paired" else ("completion",)
+        return [
+            tuple(tokenizer.decode(row[f"{name}_ids"]) for name in ("prompt", *names))
+            for row in prepared
+        ]
+
+    return run
+
+
+SPLIT = (LONGER, "Blue.<|im_end|>", "Pink.<|im_end|>")
+
+
+@pytest.mark.parametrize("kind", ["chat_template.default", "chat_template.argilla_chat"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [USER, RED, MORE, BLUE], "rejected": [USER, RED, MORE, PINK]},
+        {"messages": [USER], "chosen": [RED, MORE, BLUE], "rejected": [RED, MORE, PINK]},
+        {"messages": [USER, RED, MORE], "chosen": BLUE, "rejected": [PINK]},
+        {"messages": [USER, RED, MORE], "chosen": "Blue.", "rejected": "Pink."},
+        {"messages": [USER, RED, MORE, BLUE], "chosen": BLUE, "rejected": PINK},
+        {"prompt": [USER, RED, MORE], "chosen": BLUE, "rejected": PINK},
+        {
+            "messages": [USER, RED, MORE],
+            "prompt": "not looked at",
+            "chosen": [BLUE | {"content": [{"type": "text", "text": "Blue"}, {"text": "."}]}],
+            "rejected": [PINK],
+        },
+    ],
+)
+def test_the_last_turn_is_trained_and_those_before_it_are_prompt(row, kind, load):
+    assert load([row], type=kind) == [SPLIT]
+
+
+def test_the_bare_name_of_the_type(load):
+    row = {"messages": [USER, RED, MORE], "chosen": BLUE, "rejected": PINK}
+    assert load([row], type="chat_template") == [SPLIT]
+
+
+def test_one_letter_answers(load):
+    rows = [{"messages": [USER], "chosen": one, "rejected": two} for one, two in ("ed", "me", "dm")]
+    expected = [(PROMPT, f"{one}<|im_end|>", f"{two}<|im_end|>") for one, two in ("ed", "me", "dm")]
+    assert sorted(load(rows)) == sorted(expected)
+
+
+def test_pairs_that_say_nothing_are_dropped_and_named(load, caplog):
+    good = {"chosen": [USER, RED], "rejected": [USER, BLUE]}
+    same = {"chosen": [USER, RED], "rejected": [USER, RED]}
+    rendered_same = {"chosen": [USER, RED], "rejected": [USER, RED | {"name": "bob"}]}
+    other = {"chosen": [USER, RED, MORE, BLUE], "rejected": [USER, PINK, MORE, BLUE]}
+    empty = {"chosen": [USER, RED], "rejected": [USER, RED | {"content": " "}]}
+    twice = {"chosen": [USER, RED, BLUE], "rejected": [USER, RED, PINK]}
+    rows = [good, same, other, empty, rendered_same, twice, good]
+    assert load(rows) == [(PROMPT, "Red.<|im_end|>", "Blue.<|im_end|>")] * 2
+    assert "identical (row 1, 4): chosen and rejected are the same" in caplog.text
+    assert "1 dropped as other prompt (row 2): chosen and rejected answer different" in caplog.text
+    assert "1 dropped as empty (row 3)" in caplog.text
+    assert "1 dropped as unasked (row 5): an answer follows another one" in caplog.text
+    (table,) = (r.getMessage() for r in caplog.records if "rows of the paired" in r.getMessage())
+    assert table.splitlines()[1].split()[2:5] == ["rows", "pairs", "empty"]
+    assert table.splitlines()[2].split()[2:] == ["7", "2", "1", "1", "2", "1"]
+
+
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_the_table_comes_before_the_error_that_sends_to_it(mode, load, caplog):
+    rows = [{"messages": [USER], "chosen": RED, "rejected": RED}] * 3
+    with pytest.raises(ValueError, match=r"no rows are left to train on.*the table above"):
+        load(rows, mode, type=f"chat_template.{'default' if mode == 'paired' else 'paired'}")
+    assert f"{3 if mode == 'paired' else 6} dropped as identical" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"messages": [USER, RED], "chosen": BLUE, "rejected": PINK},
+            r"row 0: `messages` ends with an answer \('Red.'\)",
+        ),
+        (
+            {"messages": [{"role": "boss", "content": "Hi"}], "chosen": BLUE, "rejected": PINK},
+            "row 0: `messages`: role 'boss' is unknown; known are user, human",
+        ),
+        ({"messages": [USER], "chosen": 4, "rejected": 5}, "row 0: `chosen`: 4 is neither text"),
+        (
+            {"messages": [USER], "chosen": BLUE | {"content": [{"type": "image"}]}, "rejected": ""},
+            "row 0: `chosen`: .* is not a part with text",
+        ),
+        (
+            {"messages": [USER], "chosen": BLUE | {"tool_calls": [{"a": "b"}]}, "rejected": PINK},
+            "row 0: the chat template does not render `tool_calls`, which turn 1 of 2 has",
+        ),
+        (
+            {"messages": [USER, BLUE | {"content": "", "tool_calls": [{"a": "b"}]}, MORE]}
+            | {"chosen": BLUE, "rejected": PINK},
+            "row 0: the chat template does not render `tool_calls`, which turn 1 of 4 has",
+        ),
+        ({"messages": [USER], "chosen": BLUE}, "row 0: there is no column `rejected`"),
+        (
+            {"messages": [USER], "chosen": BLUE, "rejected": PINK, "images": ["a.png"]},
+            "the column `images` holds images",
+        ),
+    ],
+)
+def test_what_can_t_be_trained_is_named(row, message, load):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl.*{message}"):
+        load([row])
+
+
+def test_reasoning_that_the_template_leaves_out_is_named(load, caplog):
+    thought = BLUE | {"reasoning_content": "Let me see."}
+    assert load([{"messages": [USER], "chosen": thought, "rejected": PINK}]) == [
+        (PROMPT, "Blue.<|im_end|>", "Pink.<|im_end|>")
+    ]
+    assert "leaves out reasoning_content in 1 answers" in caplog.text
+
+
+TEXT = {"prompt": "Name a colour.", "question": "Name a colour.", "instruction": "Name a colour."}
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "row", "message"),
+    [
+        (
+            "paired",
+            "chatml.argilla_chat",
+            {"chosen": [USER, RED, MORE, BLUE], "rejected": [USER, RED, MORE, PINK]},
+            r"`chosen` holds 4 turns \(user, assistant, user, assistant\), which type chatml",
+        ),
+        (
+            "paired",
+            "llama3.argilla_chat",
+            {"chosen": [{"role": "system", "content": "Be short."}, USER, RED]}
+            | {"rejected": [{"role": "system", "content": "Be short."}, USER, PINK]},
+            r"`chosen` holds 3 turns \(system, user, assistant\)",
+        ),
+        (
+            "paired",
+            "chatml.argilla_chat",
+            {"chosen": [USER, RED], "rejected": [MORE, PINK]},
+            "`rejected` answers another prompt than the row's",
+        ),
+        (
+            "paired",
+            "chatml.ultra",
+            {"chosen": [MORE, RED], "rejected": [USER, PINK]},
+            "another",
+        ),
+        (
+            "paired",
+            "chatml.ultra",
+            {"chosen": [USER, RED | {"tool_calls": [{"a": "b"}]}], "rejected": [USER, PINK]},
+            "`chosen` holds `tool_calls`",
+        ),
+        (
+            "paired",
+            "chatml.intel",
+            {"chosen": [USER, RED], "rejected": [PINK]},
+            "holds turns",
+        ),
+        ("paired", "chatml.intel", {"chosen": "a", "rejected": None}, "`rejected` is null"),
+        (
+            "paired",
+            "chatml.intel",
+            {"question": None, "chosen": "a", "rejected": "b"},
+            " is null",
+        ),
+        (
+            "paired",
+            {"field_chosen": "chosen"},
+            {"chosen": RED, "rejected": PINK},
+            "`chosen` holds dict, which type user-defined",
+        ),
+        ("paired", None, {"prompt": [USER], "chosen": [RED], "rejected": [PINK]}, "holds turns"),
+        (
+            "unpaired",
+            "chatml.ultra",
+            {"completion": [USER, RED], "label": True},
+            "holds turns",
+        ),
+        (
+            "unpaired",
+            "llama3.argilla_chat",
+            {"completion": [USER, RED | {"tool_calls": [{"a": "b"}]}], "label": True},
+            "`completion` holds `tool_calls`",
+        ),
+    ],
+)
+def test_what_a_text_type_can_t_represent_is_refused(mode, kind, row, message, load):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl.*{message}"):
+        load([TEXT | row, TEXT | row | {"label": False}], mode, type=kind)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "row"),
+    [
+        ("paired", "chatml.argilla_chat", {"chosen": [USER, RED], "rejected": [USER, PINK]}),
+        ("paired", "llama3.ultra", {"chosen": [USER, RED], "rejected": [USER, PINK]}),
+        ("paired", "chatml.intel", {"chosen": "a", "rejected": "b", "system": None}),
+        (
+            "paired",
+            "zephyr.nectar",
+            {"answers": [{"answer": word, "rank": n} for n, word in enumerate("abc")]},
+        ),
+        ("unpaired", "chatml.argilla_chat", {"completion": [USER, RED, MORE, BLUE]}),
+        ("unpaired", "llama3.ultra", {"completion": "Blue."}),
+    ],
+)
+def test_what_a_text_type_represents_is_trained(mode, kind, row, load):
+    rows = [TEXT | row | {"label": n == 0} for n in range(2)]
+    assert len(load(rows, mode, type=kind)) == 2
+
+
+def test_equal_texts_of_a_text_type_are_dropped_and_named(load, caplog):
+    rows = [{"question": f"Q{n}", "chosen": "a", "rejected": "ab"[n % 2]} for n in range(4)]
+    assert len(load(rows, type="chatml.intel")) == 2
+    assert "2 pairs of the train datasets have the same text" in caplog.text
