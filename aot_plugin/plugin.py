@@ -70,6 +70,13 @@ class AOTPlugin(BasePlugin):
         discard_half_prepared(cfg, preprocess)
         return load_datasets(cfg, preprocess)
 
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        """Remembers the policy and the reference, which the host loads after it."""
+        if is_desugared(cfg) and self._speaks():
+            from .host_models import remember
+
+            remember(model)
+
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """The options of this run, for the class above; None when ``rl`` is not ``aot``."""
         return training_args(cfg) if is_desugared(cfg) else None

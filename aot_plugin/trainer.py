@@ -43,6 +43,7 @@ from .report import Scores, log_figure_to_loggers, record_evaluation
 from .report.dominance import dominance_statistics
 from .sampler import StratifiedSampler
 from .sequences import LOGPS_KEY, WEIGHT_KEY, Sequences
+from .host_models import loaded_after
 from .transport import recoupled_fraction
 
 LOG = get_logger("axolotl.aot_plugin.trainer")
@@ -608,4 +609,9 @@ class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
         raise ValueError(
             f"{batch} of one row has no other label to compare with, so nothing would be trained: "
             f"raise {keys} (the more rows are sorted together, the better)"
+    def __init__(self, model: Any, ref_model: Any = None, **kwargs: Any) -> None:
+        if ref_model is None and not kwargs["args"].precompute_ref_log_probs:
+            ref_model = loaded_after(model)
+        super().__init__(model, ref_model, **kwargs)
+
         )
