@@ -18,7 +18,7 @@ Gradient = tuple[Tensor | None, ...]
 """One gradient per parameter; None where the score does not depend on it."""
 
 HELD_KEY = "aot_held"
-"""Key of a collated batch whose gradient is held: the number under which."""
+"""Key of a collated batch that was scored along with its gradient: the ``Gradient``."""
 
 
 def held_surrogate(factor: Tensor, gradient: Gradient, parameters: Sequence[Tensor]) -> Tensor:

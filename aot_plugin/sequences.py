@@ -20,6 +20,9 @@ from .prompts import distinct_prompts, unpadded
 WEIGHT_KEY = "aot_weight"
 """Key of a collated batch that holds dL/dlogp of its sequences."""
 
+NUMBER_KEY = "aot_number"
+"""Key of a batch as the host collated it: its number in the step, from 0."""
+
 LOGPS_KEY = "aot_logps"
 """Key of a collated batch that was scored with gradient: the log-probabilities, with graph."""
 

@@ -18,6 +18,7 @@ import contextlib
 import json
 import textwrap
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,17 @@ from transformers.trainer_utils import EvalPrediction
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import global_then_local_main_first, use_adapter
 
+from .checks import (
+    Difference,
+    first_scores,
+    random_network,
+    randomness,
+    reference_error,
+    wrong_reference,
+)
 from .data import is_text, prepare_tokens
 from .held import HELD_KEY, Gradient, held_surrogate
+from .host_models import loaded_after
 from .logps import sequence_logps, sharing_is_exact, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
 from .prompts import may_share_prompts
@@ -42,8 +52,7 @@ from .registry import lookup
 from .report import Scores, log_figure_to_loggers, record_evaluation
 from .report.dominance import dominance_statistics
 from .sampler import StratifiedSampler
-from .sequences import LOGPS_KEY, WEIGHT_KEY, Sequences
-from .host_models import loaded_after
+from .sequences import LOGPS_KEY, NUMBER_KEY, WEIGHT_KEY, Sequences
 from .transport import recoupled_fraction
 
 LOG = get_logger("axolotl.aot_plugin.trainer")
@@ -116,7 +125,8 @@ class AOTTrainerMixin(Trainer):
             epsilon=self.args.aot_sort_epsilon,
         )
         self._micro_batches = 1
-        self._held: dict[int, Gradient] = {}
+        self._step: dict[int, dict[str, Any]] = {}
+        self._checked = False
         self._step_loss = 0.0
         self._one_sided_steps = 0
         self._eval_name = "eval"
@@ -127,17 +137,6 @@ class AOTTrainerMixin(Trainer):
     def _refuse_what_is_not_exact(self) -> None:
         if self._is_vision_dataset:
             raise ValueError("`rl: aot` trains on text; the data set has an image column")
-        dropout = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Dropout) and module.p > 0
-        ]
-        if dropout and self.args.aot_batch == "step":
-            raise ValueError(
-                f"dropout is on in {dropout[0]!r} (and {len(dropout) - 1} more modules): the "
-                "scores of a step and its gradient would come from two different networks. Set it "
-                "to 0, or leave `disable_dropout` on"
-            )
         if self.aux_loss_enabled:
             raise ValueError(
                 f"the mixture-of-experts auxiliary loss (coefficient {self.router_aux_loss_coef}) "
@@ -193,17 +192,68 @@ class AOTTrainerMixin(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Any]:
-        """The micro-batches of a step; several of them come regrouped by length and with the
-        weight dL/dlogp of each sequence."""
+        """The micro-batches of a step as the host collated them, numbered. Nothing is scored yet:
+        before its first forward pass the host still calls callbacks that may change the network
+        (quantization-aware training), and brings model and optimizer into train mode, which for
+        schedule-free optimizers means other weights than those of an evaluation before."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_batches = len(batches)
-        if self.args.aot_batch == "step" and len(batches) > 1:
-            batches = self._weigh([self._prepare_inputs(batch) for batch in batches])
-        return batches, items
+        self._step = dict(enumerate(batches))
+        return [{**batch, NUMBER_KEY: number} for number, batch in self._step.items()], items
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the host's training step calls last before its forward pass: with the first
+        micro-batch the whole step is scored, and several micro-batches are exchanged for others,
+        regrouped by length and with the weight dL/dlogp of each sequence."""
+        prepare = super()._prepare_inputs
+        if NUMBER_KEY not in inputs:  # an evaluation's
+            return prepare(inputs)
+        number = inputs[NUMBER_KEY]
+        if number == 0:
+            batches = [prepare(batch) for batch in self._step.values()]
+            if not self._checked:
+                self._checked = True
+                self._check_start(batches[0])
+            if self.args.aot_batch == "step" and len(batches) > 1:
+                batches = self._weigh(batches)
+            self._step = dict(enumerate(batches))
+        return self._step.pop(number)
+
+    def _check_start(self, batch: dict[str, Any]) -> None:
+        """Refuses a random network and a wrong reference (see ``checks``), on every rank at once.
+        A resumed policy has left its reference already."""
+        model = self.model_wrapped
+
+        def policy(batch: dict[str, Any]) -> Tensor:
+            with self._no_grad():
+                return self._policy_logps(model, batch)
+
+        def policy_elsewhere(batch: dict[str, Any]) -> Tensor:
+            with self._no_grad():
+                return sequence_logps(model, self.model.get_output_embeddings(), batch)
+
+        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        first = first_scores(policy, policy_elsewhere, batch, self.model, half)
+        found = self._worst_of_ranks(randomness(first))
+        if found and self.args.aot_batch == "step":
+            raise ValueError(random_network(found, self.model, self.args))
+        if self.state.global_step > 0:
+            return
+        if self.precompute_ref_logps:
+            reference = self._cached_ref_logps(batch)
+        else:
+            reference = self._reference_logps(model, batch)
+        found = self._worst_of_ranks(reference_error(first, reference))
+        if found:
+            raise ValueError(wrong_reference(found, self.model, self.args))
+
+    def _worst_of_ranks(self, found: Difference) -> Difference:
+        numbers = torch.tensor([[*astuple(found)]], device=self.args.device)
+        ranks = self.accelerator.gather(numbers).tolist()
+        return max((Difference(*rank) for rank in ranks), key=lambda found: found.excess)
 
     def _weigh(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Moves 1 and 2 for a step of several micro-batches."""
-        self.model_wrapped.train()  # as in the backward pass: both must see the same network
         sequences = Sequences.from_batches(batches)
         labels = torch.cat([self._labels(batch) for batch in batches])
         held = self._gradients_to_hold(batches)
@@ -222,8 +272,7 @@ class AOTTrainerMixin(Trainer):
             if not self.precompute_ref_logps:
                 ref_logps[rows] = self._reference_logps(self.model_wrapped, batch)
             if number < held:
-                logps[rows], self._held[number] = self._logps_and_gradient(batch, labels[rows])
-                batch[HELD_KEY] = number
+                logps[rows], batch[HELD_KEY] = self._logps_and_gradient(batch, labels[rows])
             elif number == 0 and self._keeps_graph():
                 with self.compute_loss_context_manager():
                     batch[LOGPS_KEY] = self._policy_logps(self.model_wrapped, batch)
@@ -238,7 +287,6 @@ class AOTTrainerMixin(Trainer):
             factors = torch.where(labels, weights, -weights)[torch.tensor(groups[:held])]
             if (factors != factors[:, :1]).any():
                 # A loss of another package that looks at more of a pair than its margin.
-                self._held.clear()
                 for batch in micro_batches[:held]:
                     del batch[HELD_KEY]
         for rows, batch in zip(groups, micro_batches, strict=True):
@@ -394,9 +442,7 @@ class AOTTrainerMixin(Trainer):
     ) -> Tensor:
         """The surrogate whose gradient is the step's: sum of weight x logp(theta)."""
         if HELD_KEY in inputs:
-            # Taken out, or the host's loop would keep it until the next step is scored.
-            gradient = self._held.pop(inputs[HELD_KEY])
-            return held_surrogate(inputs[WEIGHT_KEY][0], gradient, self._trainable())
+            return held_surrogate(inputs[WEIGHT_KEY][0], inputs[HELD_KEY], self._trainable())
         if LOGPS_KEY in inputs:
             return (inputs[WEIGHT_KEY] * inputs[LOGPS_KEY]).sum()
         if WEIGHT_KEY in inputs:
@@ -413,7 +459,12 @@ class AOTTrainerMixin(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The host's step on the surrogate, with the true loss as its value: the host logs the
         sum over micro-batches, averaged over ranks."""
-        surrogate = super().training_step(*args, **kwargs)
+        try:
+            surrogate = super().training_step(*args, **kwargs)
+        except BaseException:
+            # Whoever catches it (out of memory: train on with less) gets the step's memory back.
+            self._step.clear()
+            raise
         return torch.full_like(surrogate, self._step_loss / self._micro_batches)
 
     # Move 4: report.
@@ -570,6 +621,11 @@ class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
     _step_class = UnpairedLogps
     _sequences_per_row = 1
 
+    def __init__(self, model: Any, ref_model: Any = None, **kwargs: Any) -> None:
+        if ref_model is None and not kwargs["args"].precompute_ref_log_probs:
+            ref_model = loaded_after(model)
+        super().__init__(model, ref_model, **kwargs)
+
     def _labels(self, batch: dict[str, Any]) -> Tensor:
         return torch.as_tensor(batch["label"], device=batch["input_ids"].device).bool()
 
@@ -609,9 +665,4 @@ class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
         raise ValueError(
             f"{batch} of one row has no other label to compare with, so nothing would be trained: "
             f"raise {keys} (the more rows are sorted together, the better)"
-    def __init__(self, model: Any, ref_model: Any = None, **kwargs: Any) -> None:
-        if ref_model is None and not kwargs["args"].precompute_ref_log_probs:
-            ref_model = loaded_after(model)
-        super().__init__(model, ref_model, **kwargs)
-
         )

@@ -80,7 +80,8 @@ def overridden() -> list[tuple[type, type, str]]:
 
 OVERRIDDEN = {
     *("_compute_ref_log_probs", "_precompute_ref_logps", "_prepare_dataset", "compute_loss"),
-    *("evaluation_loop", "get_batch_samples", "prediction_step", "training_step"),
+    *("_prepare_inputs", "evaluation_loop", "get_batch_samples", "prediction_step"),
+    "training_step",
 }
 
 

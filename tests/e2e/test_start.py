@@ -1,0 +1,125 @@
+"""Score and gradient see one network, and before the first step the policy is the reference."""
+
+import gc
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import config, paired_rows, train, unpaired_rows, write_rows
+from test_exact_step import LORA, Cutter, assert_differs, assert_same
+
+from aot_plugin import trainer
+
+pytestmark = pytest.mark.slow
+
+IN_PROCESS = {"dataset_num_proc": 0}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+FULL = {**IN_PROCESS, "overrides_of_model_config": ROPE, "max_steps": 2}
+
+
+def test_schedule_free_optimizers(tiny_model: Path, tmp_path: Path) -> None:
+    """An evaluation leaves the optimizer's averaged weights in the model, which the host's training
+    step exchanges before its forward pass: the step must not have been scored by then."""
+    keys = {"optimizer": "schedule_free_adamw", "learning_rate": 0.01, **LORA, **IN_PROCESS}
+    keys |= {"val_set_size": 0.25, "eval_steps": 1, "max_steps": 4}
+    cutter = Cutter(tmp_path, tiny_model, "paired", **keys)
+    whole = cutter.run(8, 1)
+    run = cutter.run(1, 8)
+    assert_same(run, whole, steps=4)
+    assert len(run.logged("eval_loss")) >= 4
+    assert_differs(cutter.run(2, 4, aot_batch="micro_batch"), whole)
+
+
+def test_a_callback_that_changes_the_network_before_a_step(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As quantization-aware training does: the host calls it when it has drawn the batches."""
+    from transformers.trainer_callback import CallbackHandler
+
+    begin = CallbackHandler.on_step_begin
+
+    def shift(self: Any, args: Any, state: Any, control: Any) -> Any:
+        if state.global_step == 1:
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    if "lora_B" in name:
+                        parameter += 0.02
+        return begin(self, args, state, control)
+
+    cutter = Cutter(tmp_path, tiny_model, "paired", **LORA, **IN_PROCESS, max_steps=3)
+    without = cutter.run(8, 1)
+    monkeypatch.setattr(CallbackHandler, "on_step_begin", shift)
+    whole = cutter.run(8, 1)
+    assert_same(cutter.run(2, 4), whole, steps=3)
+    assert_differs(without, whole)
+
+
+def test_functional_dropout(tiny_model: Path, tmp_path: Path) -> None:
+    """It belongs to no module of its own, so only the scores can show it."""
+    data = write_rows(tmp_path / "rows.jsonl", paired_rows(16))
+    keys = {"overrides_of_model_config": {"attention_dropout": 0.1}, "max_steps": 1, **IN_PROCESS}
+    with pytest.raises(ValueError, match=r"the network is random.*set to 0: `attention_dropout: 0"):
+        train(config(tiny_model, data, tmp_path / "out", **keys))
+    kept = config(tiny_model, data, tmp_path / "kept", aot_batch="micro_batch", **keys)
+    assert len(train(kept).logged("loss")) == 1
+
+
+def test_the_reference_of_unpaired_full_fine_tuning_has_the_policys_config(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", unpaired_rows(32))
+    keys = {"aot_mode": "unpaired", **FULL}
+    run = train(config(tiny_model, data, tmp_path / "out", **keys))
+    assert run.logged("loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+    # TRL's own reference, from the checkpoint without the overrides, is refused.
+    monkeypatch.setattr(trainer, "loaded_after", lambda policy: None)
+    with pytest.raises(ValueError, match="before the first step the policy must be the reference"):
+        train(config(tiny_model, data, tmp_path / "wrong", **keys))
+
+
+def test_an_adapter_that_changes_the_base_model(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", paired_rows(16))
+    keys = {**LORA, **IN_PROCESS, "peft_init_lora_weights": "pissa", "max_steps": 1}
+    with pytest.raises(ValueError, match=r"must be the reference.*`peft_init_lora_weights: pissa`"):
+        train(config(tiny_model, data, tmp_path / "out", **keys))
+
+
+def test_out_of_memory_in_the_middle_of_a_step(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever catches it gets back what the step held, and can train on."""
+    mixin = trainer.AOTTrainerMixin
+    take, compute_loss, whole_train = mixin._logps_and_gradient, mixin.compute_loss, mixin.train
+    held: list[Any] = []
+    calls: list[int] = []
+
+    def recorded(*args: Any) -> Any:
+        logps, gradient = take(*args)
+        held.append(weakref.ref(gradient[0]))
+        return logps, gradient
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute_loss(self, *args, **kwargs)
+
+    def train_again(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with pytest.raises(torch.OutOfMemoryError):
+            whole_train(self, *args, **kwargs)
+        gc.collect()
+        assert len(held) == 8 and not any(ref() is not None for ref in held)
+        return whole_train(self, *args, **kwargs)
+
+    # Unpaired rows come in an order that depends on the seed alone.
+    keys = {**LORA, **IN_PROCESS, "max_steps": 2}
+    cutter = Cutter(tmp_path, tiny_model, "unpaired", **keys)
+    whole = cutter.run(1, 8)
+    monkeypatch.setattr(mixin, "_logps_and_gradient", recorded)
+    monkeypatch.setattr(mixin, "compute_loss", failing)
+    monkeypatch.setattr(mixin, "train", train_again)
+    monkeypatch.setattr(trainer, "HELD_SHARE", 100.0)
+    assert_same(cutter.run(1, 8), whole, steps=2)
