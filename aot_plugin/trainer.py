@@ -49,6 +49,7 @@ from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
 from .prompts import may_share_prompts
 from .reference import reference_file, reference_key
 from .registry import lookup
+from .repeats import DISTINCT_KEY, distinct_rows, refuse_uneven_ranks
 from .report import Scores, log_figure_to_loggers, record_evaluation
 from .report.dominance import dominance_statistics
 from .sampler import StratifiedSampler
@@ -116,6 +117,7 @@ class AOTTrainerMixin(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._refuse_what_is_not_exact()
+        refuse_uneven_ranks(self.accelerator)
         self._loss = lookup("aot_losses", "aot_loss", self.args.aot_loss)
         self._loss_options = LossOptions(
             penalty=lookup("aot_penalties", "aot_penalty", self.args.aot_penalty),
@@ -127,6 +129,7 @@ class AOTTrainerMixin(Trainer):
         self._micro_batches = 1
         self._step: dict[int, dict[str, Any]] = {}
         self._checked = False
+        self._empty_micro_batches = 0
         self._step_loss = 0.0
         self._one_sided_steps = 0
         self._eval_name = "eval"
@@ -198,6 +201,7 @@ class AOTTrainerMixin(Trainer):
         schedule-free optimizers means other weights than those of an evaluation before."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_batches = len(batches)
+        self._mark_repeated_rows(batches)
         self._step = dict(enumerate(batches))
         return [{**batch, NUMBER_KEY: number} for number, batch in self._step.items()], items
 
@@ -252,10 +256,28 @@ class AOTTrainerMixin(Trainer):
         ranks = self.accelerator.gather(numbers).tolist()
         return max((Difference(*rank) for rank in ranks), key=lambda found: found.excess)
 
+    def _mark_repeated_rows(self, batches: list[dict[str, Any]]) -> None:
+        ranks = self.accelerator.num_processes
+        self._empty_micro_batches = 0
+        ends = self.accelerator.gradient_state.end_of_dataloader
+        dataset: Any = self.train_dataset
+        if ranks > 1 and ends and not self.args.dataloader_drop_last:
+            size = len(batches[-1]["input_ids"]) // self._sequences_per_row
+            distinct = distinct_rows(len(dataset), size, ranks)
+            batches[-1][DISTINCT_KEY] = distinct[self.accelerator.process_index]
+            self._empty_micro_batches = distinct.count(0)
+
+    def _distinct(self, batch: dict[str, Any]) -> Tensor:
+        """[sequences] bool: not of a row that is repeated to fill the batch."""
+        rows = len(batch["input_ids"]) // self._sequences_per_row
+        places = torch.arange(rows, device=batch["input_ids"].device)
+        return (places < batch.get(DISTINCT_KEY, rows)).repeat(self._sequences_per_row)
+
     def _weigh(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Moves 1 and 2 for a step of several micro-batches."""
         sequences = Sequences.from_batches(batches)
         labels = torch.cat([self._labels(batch) for batch in batches])
+        distinct = torch.cat([self._distinct(batch) for batch in batches])
         held = self._gradients_to_hold(batches)
         if held:
             # Each row stays by itself, the longest first: memory peaks while none is held yet.
@@ -282,7 +304,7 @@ class AOTTrainerMixin(Trainer):
                     logps[rows] = self._policy_logps(self.model_wrapped, batch)
         if self.precompute_ref_logps:
             ref_logps = torch.cat([self._cached_ref_logps(batch) for batch in batches])
-        weights = self._transport(logps, ref_logps, labels)
+        weights = self._transport(logps, ref_logps, labels, distinct)
         if held:
             factors = torch.where(labels, weights, -weights)[torch.tensor(groups[:held])]
             if (factors != factors[:, :1]).any():
@@ -391,24 +413,34 @@ class AOTTrainerMixin(Trainer):
 
     # Move 2: transport.
 
-    def _transport(self, logps: Tensor, ref_logps: Tensor, labels: Tensor) -> Tensor:
+    def _transport(
+        self, logps: Tensor, ref_logps: Tensor, labels: Tensor, distinct: Tensor
+    ) -> Tensor:
         """dL/dlogp of this rank's sequences (float32), scaled against the host's averaging over
-        micro-batches and ranks; keeps the loss and reports the step."""
-        rows = torch.stack([logps.detach(), ref_logps, labels], dim=1).double()
+        micro-batches and ranks; keeps the loss and reports the step. A repeated row has mass 0."""
+        rows = torch.stack([logps.detach(), ref_logps, labels, distinct], dim=1).double()
         mine = slice(0, len(rows))
-        scale = 1
-        if self.args.aot_batch == "step":
-            scale = self._micro_batches * self.accelerator.num_processes
+        per_step = self.args.aot_batch == "step"
+        averaged = self._micro_batches * self.accelerator.num_processes
+        if per_step:
+            problems = 1
             rows, mine = self._gather(rows)
+        else:
+            problems = averaged - self._empty_micro_batches
         self._check_finite(rows)
-        leaf = rows[:, 0].clone().requires_grad_()
-        step = self._step_class.from_sequences(leaf, rows[:, 1], rows[:, 2].bool())
-        with torch.enable_grad():
-            loss = self._loss(step, self._loss_options)
-            (gradient,) = torch.autograd.grad(loss, leaf)
-        self._step_loss = loss.item()
-        self._report(step)
-        return (gradient[mine] * scale).to(logps.dtype)
+        counts = rows[:, 3].bool()
+        gradient = torch.zeros_like(rows[:, 0])
+        self._step_loss = 0.0
+        if counts.any():
+            leaf = rows[counts, 0].requires_grad_()
+            step = self._step_class.from_sequences(leaf, rows[counts, 1], rows[counts, 2].bool())
+            with torch.enable_grad():
+                loss = self._loss(step, self._loss_options)
+                (gradient[counts],) = torch.autograd.grad(loss, leaf)
+            # Every micro-batch brings the loss of the step, or its own to the mean over them.
+            self._step_loss = loss.item() * (1 if per_step else averaged / problems)
+            self._report(step)
+        return (gradient[mine] * (averaged / problems)).to(logps.dtype)
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, slice]:
         """The rows of all ranks (their numbers may differ), and where this rank's stand."""
@@ -454,7 +486,8 @@ class AOTTrainerMixin(Trainer):
             ref_logps = self._cached_ref_logps(inputs)
         else:
             ref_logps = self._reference_logps(model, inputs)
-        return (self._transport(logps, ref_logps, self._labels(inputs)) * logps).sum()
+        columns = ref_logps, self._labels(inputs), self._distinct(inputs)
+        return (self._transport(logps, *columns) * logps).sum()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The host's step on the surrogate, with the true loss as its value: the host logs the
@@ -654,7 +687,8 @@ class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
     def _step_rows(self) -> int:
         """The rows of an optimizer step, over all ranks."""
         accumulation = self.args.gradient_accumulation_steps
-        return self.args.train_batch_size * accumulation * self.accelerator.num_processes
+        ranks = 1 if self.accelerator.split_batches else self.accelerator.num_processes
+        return self.args.train_batch_size * accumulation * ranks
 
     def _refuse_single_rows(self) -> None:
         per_step = self.args.aot_batch == "step"

@@ -15,7 +15,8 @@ one, and of nothing else:
 Several jobs are trained one after the other in the same processes, since an import of the host
 takes longer than a tiny run; what the host leaves behind is reset between them. A job is a JSON
 object: ``config`` (a path), ``wrapper`` (``WRAPPERS``) and optionally ``fault`` (``FAULTS``) and
-``order: file`` (rows are read in the order of the file). Each rank writes next to the config what
+``repeats: count`` (a repeated row counts like any other), ``fails`` (it is to raise) and ``remove``
+(a file, before it starts). Each rank writes next to the config what
 it put into every transport problem (``.rank0.json``) and the trace of an error (``.rank0.txt``).
 """
 
@@ -33,9 +34,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # torchrun puts only this folder there
-from ranks_helpers import in_file_order
 
 RANK = int(os.environ["RANK"])
 WORLD_SIZE = int(os.environ["WORLD_SIZE"])
@@ -59,17 +57,18 @@ FAULTS: dict[str, Callable[..., Any]] = {"die": die, "not_finite": not_finite}
 
 @contextlib.contextmanager
 def observed(job: dict[str, str], problems: list[list[int]]) -> Iterator[None]:
-    """Collects [micro-batches, positives, sequences] of each transport problem of this rank,
-    asserts what wraps the model, and lets the job's fault happen."""
+    """Collects [micro-batches, positives, sequences] of this rank in each transport problem, less
+    its repeated rows; asserts what wraps the model, and lets the job's fault happen."""
     from aot_plugin.trainer import AOTTrainerMixin
 
     transport, policy_logps = AOTTrainerMixin._transport, AOTTrainerMixin._policy_logps
 
-    def recording(self: Any, logps: Any, ref_logps: Any, labels: torch.Tensor) -> torch.Tensor:
+    def recording(self: Any, logps: Any, ref: Any, labels: Any, distinct: Any) -> torch.Tensor:
         assert type(self.model_wrapped).__name__.startswith(WRAPPERS[job["wrapper"]])
         assert self.accelerator.num_processes == torch.distributed.get_world_size() == WORLD_SIZE
-        problems.append([self._micro_batches, int(labels.sum()), len(labels)])
-        return transport(self, logps, ref_logps, labels)
+        counts = int((labels & distinct).sum()), int(distinct.sum())
+        problems.append([self._micro_batches, *counts])
+        return transport(self, logps, ref, labels, distinct)
 
     def faulty(self: Any, *args: Any) -> torch.Tensor:
         if "fault" in job and self.state.global_step == 1 and RANK == WORLD_SIZE - 1:
@@ -77,10 +76,13 @@ def observed(job: dict[str, str], problems: list[list[int]]) -> Iterator[None]:
             head.register_forward_pre_hook(FAULTS[job["fault"]])
         return policy_logps(self, *args)
 
-    with (
-        mock.patch.object(AOTTrainerMixin, "_transport", recording),
-        mock.patch.object(AOTTrainerMixin, "_policy_logps", faulty),
-    ):
+    with contextlib.ExitStack() as stack:
+        patch = mock.patch.object
+        stack.enter_context(patch(AOTTrainerMixin, "_transport", recording))
+        stack.enter_context(patch(AOTTrainerMixin, "_policy_logps", faulty))
+        if job.get("repeats") == "count":
+            nothing = patch(AOTTrainerMixin, "_mark_repeated_rows", lambda *_: None)
+            stack.enter_context(nothing)
         yield
 
 
@@ -127,15 +129,16 @@ def train(job: dict[str, str]) -> None:
 
     result = Path(job["config"]).with_suffix(f".rank{RANK}")
     problems: list[list[int]] = []
+    if "remove" in job:
+        Path(job["remove"]).unlink()
     try:
-        order = in_file_order() if job.get("order") == "file" else contextlib.nullcontext()
-        with cpu_ranks(job["wrapper"]), observed(job, problems), order:
+        with cpu_ranks(job["wrapper"]), observed(job, problems):
             cfg = load_cfg(job["config"])
             cfg.device_map = {"": "cpu"}
             do_train(cfg, TrainerCliArgs())
     except Exception:
         result.with_suffix(result.suffix + ".txt").write_text(traceback.format_exc())
-        if "fault" not in job:
+        if not {"fault", "fails"} & job.keys():
             raise
     result.with_suffix(result.suffix + ".json").write_text(json.dumps(problems))
     reset_host()

@@ -4,17 +4,16 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from harness import ENV, Run, write_config
-from torch.utils.data import SequentialSampler
 
 LAUNCH = Path(__file__).with_name("launch.py")
 TOLERANCE = 1e-4
@@ -25,19 +24,22 @@ def relative(a: float, b: float) -> float:
 
 
 def assert_same(
-    run: Run, reference: Run, parameters: dict[str, torch.Tensor] | None = None
+    run: Run,
+    reference: Run,
+    parameters: dict[str, torch.Tensor] | None = None,
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Losses, gradient norms and final parameters agree over all steps."""
     for key in ("loss", "grad_norm"):
         values, expected = run.logged(key), reference.logged(key)
         assert len(values) == len(expected) >= 5
         for step, (a, b) in enumerate(zip(values, expected, strict=True), 1):
-            assert relative(a, b) < TOLERANCE, (key, step, values, expected)
+            assert relative(a, b) < tolerance, (key, step, values, expected)
     parameters = run.parameters if parameters is None else parameters
     assert parameters.keys() == reference.parameters.keys()
     for name, parameter in reference.parameters.items():
         difference = (parameters[name].float() - parameter.float()).norm()
-        assert difference <= TOLERANCE * parameter.float().norm(), name
+        assert difference <= tolerance * parameter.float().norm(), name
 
 
 def assert_same_evaluation(run: Run, reference: Run) -> None:
@@ -53,55 +55,67 @@ def assert_same_evaluation(run: Run, reference: Run) -> None:
         assert len(run.logged(key)) == 3  # before the first step, and every three steps
 
 
-@contextlib.contextmanager
-def in_file_order() -> Iterator[None]:
-    """Training reads the rows as they stand, for which the host has no key under RL."""
-    from aot_plugin.trainer import AOTPairedTrainer, AOTUnpairedTrainer
-
-    def sampler(self: Any, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
-    with (
-        mock.patch.object(AOTPairedTrainer, "_get_train_sampler", sampler),
-        mock.patch.object(AOTUnpairedTrainer, "_get_train_sampler", sampler),
-    ):
-        yield
-
-
 def torchrun(jobs: list[dict[str, str]], work: Path, ranks: int = 2, timeout: int = 600) -> int:
-    """Train the jobs on CPU ranks; the return code. What they print goes to ``work/log.txt``.
+    """Train the jobs on CPU ranks; the return code. What they print goes to ``work/log.txt``."""
+    process = _start(jobs, work, ranks, "--standalone", "--nproc-per-node", str(ranks))
+    try:
+        return process.wait(timeout)
+    finally:
+        _end(process)
 
-    At the timeout torchrun ends its ranks (they have process groups of their own, so a rank that
-    waits for ever would outlive a killed torchrun), and is killed if it can't.
-    """
+
+def two_nodes(jobs: list[list[dict[str, str]]], works: list[Path], timeout: int) -> list[int]:
+    """The same on two nodes of one rank each, with their own jobs and working folders, which talk
+    over the loopback address; the return codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"]
+    address += ["--master-port", port]
+    processes = [
+        _start(jobs[node], work, 2, *address, "--node-rank", str(node))
+        for node, work in enumerate(works)
+    ]
+    until = time.monotonic() + timeout
+    try:
+        return [process.wait(max(until - time.monotonic(), 1)) for process in processes]
+    finally:
+        for process in processes:
+            _end(process)
+
+
+def _start(jobs: list[dict[str, str]], work: Path, ranks: int, *where: str) -> subprocess.Popen:
     work.mkdir(parents=True, exist_ok=True)
     listing = work / "jobs.json"
     listing.write_text(json.dumps(jobs))
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, "-m", "torch.distributed.run", *where]
     with open(work / "log.txt", "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command, str(LAUNCH), str(listing), str(ranks)],
+        return subprocess.Popen(
+            [*command, str(LAUNCH), str(listing), str(ranks)],
             env={
                 **ENV,
                 "DS_ACCELERATOR": "cpu",
                 "OMP_NUM_THREADS": "1",
                 "TOKENIZERS_PARALLELISM": "false",
             },
+            cwd=work,
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        try:
-            return process.wait(timeout)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(60)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+
+
+def _end(process: subprocess.Popen) -> None:
+    """At a timeout torchrun ends its ranks (they have process groups of their own, so a rank that
+    waits for ever would outlive a killed torchrun), and is killed if it can't."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def job(cfg: dict[str, Any], **keys: str) -> dict[str, str]:

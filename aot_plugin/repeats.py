@@ -1,0 +1,44 @@
+"""Rows that accelerate repeats where an epoch's rows do not fill the ranks' last micro-batches.
+
+The micro-batches of an epoch are dealt out in turn, b rows to each of R ranks, until the rows run
+out; rows from the start of the epoch fill the rest (``even_batches``), so that every rank makes the
+same number of passes. In the order of the ranks, then, the repeated rows are the last ones of the
+last micro-batches. They are read for the sake of the wrapper, and count for nothing.
+"""
+
+from accelerate import Accelerator
+
+DISTINCT_KEY = "aot_distinct"
+"""Key of an epoch's last micro-batch: how many of its rows, the first ones, are not repeated."""
+
+
+def distinct_rows(total: int, size: int, ranks: int) -> list[int]:
+    """How many rows of each rank's last micro-batch of an epoch are not repeated.
+
+    Args:
+        total: rows of the data.
+        size: rows of a micro-batch on one rank.
+        ranks: number of ranks.
+
+    Returns:
+        One number from 0 to ``size`` for each rank.
+    """
+    last = total % (size * ranks) or size * ranks
+    return [min(max(last - rank * size, 0), size) for rank in range(ranks)]
+
+
+def refuse_uneven_ranks(accelerator: Accelerator) -> None:
+    """Raises ValueError for what the host lets pass, and what can't be trained on several ranks."""
+    if accelerator.num_processes == 1:
+        return
+    if not accelerator.even_batches:
+        raise ValueError(
+            "`accelerator_config: {even_batches: false}` would leave a rank without rows at the "
+            "end of an epoch, and the others waiting for it; remove it (repeated rows count for "
+            "nothing)"
+        )
+    if accelerator.dispatch_batches:
+        raise ValueError(
+            "`accelerator_config: {dispatch_batches: true}` cuts micro-batches up without a look "
+            "at which sequences belong together; remove it"
+        )
