@@ -214,6 +214,8 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
     kwargs = {key: cfg[key] for key in vars(AOTOptions())}
     prepared = cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH
     kwargs["aot_reference_folder"] = str(Path(prepared) / "aot_reference")
+    # The host has a collator for it, in paired mode alone, that TRL's rows do not fit.
+    kwargs["pad_to_multiple_of"] = cfg.get("pad_to_multiple_of")
     if cfg["aot_mode"] == "unpaired":
         # A TRL loss type that needs no KL term spares the KTO trainer a forward pass that our
         # loss would not look at.

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
+from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -621,6 +622,13 @@ class AOTPairedTrainer(AOTTrainerMixin, AxolotlDPOTrainer):
     _mode = "paired"
     _step_class = PairedLogps
     _sequences_per_row = 2
+
+    def __init__(self, *args: Any, data_collator: Any = None, **kwargs: Any) -> None:
+        # The host's own, which `pad_to_multiple_of` brings, asks for columns that TRL no longer
+        # writes. TRL's does the same with those that it does.
+        if isinstance(data_collator, AxolotlDPODataCollatorWithPadding):
+            data_collator = None
+        super().__init__(*args, data_collator=data_collator, **kwargs)
 
     def _labels(self, batch: dict[str, Any]) -> Tensor:
         # TRL's collator puts the chosen responses of a batch before the rejected ones.
