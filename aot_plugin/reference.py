@@ -1,69 +1,157 @@
-"""The name that cached reference log-probabilities have on disk: all that they depend on.
+"""Cached reference log-probabilities: all that they depend on, and where they lie.
 
 TRL names them after the fingerprint that `datasets` gives the rows, on which two processes do not
 agree, and after the policy with its fresh adapter, which the reference has not. So each run of a
-sweep, and a resumed one, would compute them anew.
+sweep, and a resumed one, would compute them anew; and TRL does not look at the model's config.
+
+Every node has a file of its own, since it may see no other node's disk. All nodes read, or all
+compute.
 """
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
+
+from .nodes import ask_each_node
+from .provenance import described, digest, forward_pass
 
 ROWS_AT_ONCE = 10_000
 REFERENCE_ADAPTER = "ref"
 """TRL's frozen copy of an adapter that is trained further."""
 
 
-def reference_key(
+class Identity(NamedTuple):
+    """What reference log-probabilities depend on, as seen by one node: SHA-256 of each.
+
+    ``weights`` is None where this process does not hold them (ZeRO-3 and FSDP share them out).
+    """
+
+    rows: str
+    weights: str | None
+    computation: str
+
+
+def identify(
     dataset: Dataset, policy: nn.Module, ref_model: nn.Module | None, settings: dict[str, Any]
-) -> str | None:
-    """SHA-256 of rows, reference and settings.
+) -> Identity:
+    """What this process sees of rows, reference and computation.
 
     Args:
         dataset: tokenized rows; what counts are the columns of ids, in the order of the rows.
         policy: whose weights without the adapter in training are the reference, if there is no
         ref_model: a model of its own.
-        settings: whatever else the log-probabilities depend on (truncation, precision).
-
-    Returns:
-        64 hexadecimal digits; None if this process does not hold the reference's weights (ZeRO-3
-        and FSDP share them out).
+        settings: whatever of the run they depend on (truncation, precision).
     """
-    found = hashlib.sha256(repr(sorted(settings.items())).encode())
-    for name, tensor in _reference_weights(policy, ref_model):
-        if tensor.is_meta or isinstance(tensor, DTensor) or not tensor.numel():
+    model = policy if ref_model is None else ref_model
+    adapters = getattr(policy, "peft_config", {})
+    trained = set(adapters) - {REFERENCE_ADAPTER}
+    frozen = adapters.get(REFERENCE_ADAPTER) if ref_model is None else None
+
+    def counts(name: str) -> bool:
+        # peft writes an adapter's name as a part of the names of its modules and weights.
+        return trained.isdisjoint(name.split("."))
+
+    settings = settings | {"adapter": described(frozen) if frozen else None}
+    computation = digest(forward_pass(model, counts, settings))
+    return Identity(rows_digest(dataset), _weights_digest(model, counts), computation)
+
+
+def reference_key(nodes: Sequence[Identity]) -> str | None:
+    """SHA-256 (64 hexadecimal digits) of what all nodes see; None if that can't be known.
+
+    Raises:
+        ValueError: if the nodes do not have the same rows, or not the same weights.
+    """
+    refuse_unlike_nodes("rows", [node.rows for node in nodes])
+    refuse_unlike_nodes("reference weights", [node.weights for node in nodes if node.weights])
+    if nodes[0].weights is None:
+        return None
+    computations = sorted({node.computation for node in nodes})
+    return digest([nodes[0].rows, nodes[0].weights, computations])
+
+
+def refuse_unlike_nodes(what: str, digests: Sequence[str]) -> None:
+    """Raises ValueError if the nodes' digests of something differ."""
+    unlike = [str(node) for node, found in enumerate(digests) if found != digests[0]]
+    if unlike:
+        raise ValueError(
+            f"the {what} of node {', '.join(unlike)} are not those of node 0. Each node prepares "
+            "its own where there is no shared folder: give all of them the same `datasets` files, "
+            "`base_model` and `dataset_prepared_path` (or remove the latter's folders)"
+        )
+
+
+def refuse_unlike_rows(*datasets: Any) -> None:
+    """Raises ValueError if the nodes do not have the same rows, in the same order: every rank reads
+    its share of them by number.
+
+    Args:
+        datasets: tokenized rows, dictionaries of them, or None.
+    """
+    if len(ask_each_node(lambda: None)[0]) == 1:
+        return
+    for dataset in datasets:
+        for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
+            if part is not None:
+                refuse_unlike_nodes("rows", ask_each_node(partial(rows_digest, part))[0])
+
+
+def reference_file(folder: Path, identity: Callable[[], Identity]) -> tuple[Path, bool]:
+    """This node's file, and whether it is there, whole, on every node.
+
+    If not it has a new name, the same on all nodes: runs that write at once write two files.
+
+    Args:
+        folder: of this node; made if need be.
+        identity: ``identify`` with its arguments; the first process of a node calls it.
+    """
+    nodes, here = ask_each_node(identity)
+    key = reference_key(nodes)
+
+    def look() -> tuple[Path | None, str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(folder.glob(f"{key}-*.arrow")) if key else []
+        return next(iter(found), None), f"{key or 'unshared'}-{uuid.uuid4().hex}.arrow"
+
+    seen, _ = ask_each_node(look)
+    mine = seen[here][0]
+    if mine is not None and all(file for file, _ in seen):
+        return mine, True
+    return folder / seen[0][1], False
+
+
+def _weights_digest(model: nn.Module, counts: Callable[[str], bool]) -> str | None:
+    found = hashlib.sha256()
+    saved = model.state_dict()
+    # Buffers that are not saved (the frequencies of rotary embeddings) count as well.
+    tensors = {**dict(model.named_buffers()), **saved}
+    for name in sorted(filter(counts, tensors)):
+        tensor = tensors[name]
+        elsewhere = name in saved and not tensor.numel()
+        if tensor.is_meta or isinstance(tensor, DTensor) or elsewhere:
             return None
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # Any dtype, bfloat16 too, which NumPy does not know.
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    for part in _ids(dataset):
-        found.update(part)
     return found.hexdigest()
 
 
-def reference_file(folder: Path, key: str | None) -> Path:
-    """A whole file of this key, or else a new name: runs that write at once write two files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(folder.glob(f"{key}-*.arrow")) if key else []
-    return found[0] if found else folder / f"{key or 'unshared'}-{uuid.uuid4().hex}.arrow"
-
-
-def _reference_weights(
-    policy: nn.Module, ref_model: nn.Module | None
-) -> Iterable[tuple[str, Tensor]]:
-    state = (policy if ref_model is None else ref_model).state_dict()
-    trained = set(getattr(policy, "peft_config", ())) - {REFERENCE_ADAPTER}
-    # peft writes an adapter's name as a part of the names of its weights.
-    return ((k, state[k]) for k in sorted(state) if trained.isdisjoint(k.split(".")))
+def rows_digest(dataset: Dataset) -> str:
+    """SHA-256 of the token ids of all rows, in their order."""
+    found = hashlib.sha256()
+    for part in _ids(dataset):
+        found.update(part)
+    return found.hexdigest()
 
 
 def _ids(dataset: Dataset) -> Iterator[bytes]:

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from axolotl.utils.logging import get_logger
@@ -47,8 +46,9 @@ from .held import HELD_KEY, Gradient, held_surrogate
 from .host_models import loaded_after
 from .logps import sequence_logps, sharing_is_exact, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
+from .nodes import EachNodeWrites
 from .prompts import may_share_prompts
-from .reference import reference_file, reference_key
+from .reference import Identity, identify, reference_file, refuse_unlike_rows, rows_digest
 from .registry import lookup
 from .repeats import DISTINCT_KEY, distinct_rows, refuse_uneven_ranks
 from .report import Scores, log_figure_to_loggers, record_evaluation
@@ -62,7 +62,10 @@ LOG = get_logger("axolotl.aot_plugin.trainer")
 HELD_SHARE = 1 / 3
 """Memory that held gradients may take in a step, as a share of what the model's weights take."""
 
-CACHED_FOR = ("max_length", "truncation_mode", "bf16", "fp16")
+CACHED_FOR = (
+    *("max_length", "truncation_mode", "bf16", "fp16", "tf32", "disable_dropout"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+)
 """Training arguments that reference log-probabilities depend on."""
 
 PAPER = {
@@ -92,6 +95,7 @@ class AOTTrainerMixin(Trainer):
     # Known before construction ends: TRL precomputes reference log-probabilities there.
     _sharing: bool | None = None
     _mode: str
+    _reference: Identity | None = None
     _step_class: type[PairedLogps] | type[UnpairedLogps]
     _sequences_per_row: int
 
@@ -119,6 +123,7 @@ class AOTTrainerMixin(Trainer):
         super().__init__(*args, **kwargs)
         self._refuse_what_is_not_exact()
         refuse_uneven_ranks(self.accelerator)
+        refuse_unlike_rows(self.train_dataset, self.eval_dataset)
         self._loss = lookup("aot_losses", "aot_loss", self.args.aot_loss)
         self._loss_options = LossOptions(
             penalty=lookup("aot_penalties", "aot_penalty", self.args.aot_penalty),
@@ -170,26 +175,33 @@ class AOTTrainerMixin(Trainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's, in a file that later runs with the same reference and tokens find again: beside
-        the prepared rows, named by ``reference_key``."""
-        args = self.args
-        file = [Path()]
-        if self.accelerator.is_main_process:
-            settings = {name: getattr(args, name, None) for name in CACHED_FOR}
-            key = reference_key(dataset, self.model, self.ref_model, settings)
-            file = [reference_file(Path(args.aot_reference_folder), key)]
-            if file[0].exists():
-                LOG.info("the %s dataset's reference log-probabilities are read: %s", name, file[0])
-        # One process decides whether they are there: another run may be about to write them.
-        broadcast_object_list(file, from_process=0)
+        the prepared rows, named by all that they depend on."""
+
+        def identity() -> Identity:
+            if self._reference is not None:  # of other rows: a pass may change a model's buffers
+                return self._reference._replace(rows=rows_digest(dataset))
+            settings = {name: getattr(self.args, name, None) for name in CACHED_FOR}
+            settings["autocast"] = self.accelerator.mixed_precision
+            self._reference = identify(dataset, self.model, self.ref_model, settings)
+            return self._reference
+
+        file, is_there = reference_file(Path(self.args.aot_reference_folder), identity)
+        if is_there:
+            LOG.info("the %s dataset's reference log-probabilities are read: %s", name, file)
 
         def path(fingerprint: str) -> str:
             del dataset._get_cache_file_path  # whatever else is cached has a file of its own
-            return str(file[0])
+            return str(file)
 
         dataset._get_cache_file_path = path
-        return super()._precompute_ref_logps(  # type: ignore[misc]  # TRL has it, not Trainer
-            dataset, name, batch_size
-        )
+        accelerator: Any = self.accelerator
+        self.accelerator = EachNodeWrites(accelerator)
+        try:
+            return super()._precompute_ref_logps(  # type: ignore[misc]  # TRL has it, not Trainer
+                dataset, name, batch_size
+            )
+        finally:
+            self.accelerator = accelerator
 
     # Move 1: score.
 

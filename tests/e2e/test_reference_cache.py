@@ -1,5 +1,6 @@
 """Reference log-probabilities on disk: one pass for all runs that ask the same reference."""
 
+import math
 import subprocess
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def test_runs_of_a_sweep_share_it(
     data = write(tmp_path, mode)
 
     def run(name: str, cached: bool = True, model: Path = tiny_model, **keys: object) -> Run:
-        keys = {**LORA, "aot_mode": mode, "max_steps": 2, **keys}
+        keys = {**LORA, "aot_mode": mode, "max_steps": 2, "save_steps": 1, **keys}
         cfg = config(model, data, tmp_path / name, precompute_ref_log_probs=cached, **keys)
         return train(cfg | {"dataset_num_proc": 0})
 
@@ -53,6 +54,21 @@ def test_runs_of_a_sweep_share_it(
     run("next", model=trained.checkpoint)
     assert passes() > 0
     assert len(cached_in(tmp_path)) == 2
+    # A resumed run reads what the broken one has read.
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
+    assert passes() == 0
+    assert resumed.logged("loss") == first.logged("loss")
+    # The same weights in another model, and by other kernels.
+    positions = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    turned = run("turned", overrides_of_model_config=positions)
+    assert passes() > 0
+    assert turned.logged("loss")[0] == pytest.approx(math.log(2), rel=1e-5)
+    assert turned.logged("logps/chosen")[0] != pytest.approx(first.logged("logps/chosen")[0])
+    run("eager", attn_implementation="eager")
+    assert passes() > 0
+    assert len(cached_in(tmp_path)) == 4
+    run("turned again", overrides_of_model_config=positions)
+    assert passes() == 0
 
 
 @pytest.mark.slow

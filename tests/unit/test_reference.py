@@ -1,13 +1,16 @@
 """The key of cached reference log-probabilities: what changes it, and what does not."""
 
 import copy
+import hashlib
+import types
 
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 
-from aot_plugin.reference import reference_key
+from aot_plugin import provenance
+from aot_plugin.reference import Identity, identify, reference_file, reference_key
 
 SETTINGS = {"max_length": 64, "bf16": False}
 ROWS = {
@@ -20,7 +23,7 @@ ROWS = {
 
 def key(model, rows=ROWS, ref_model=None, **settings):
     dataset = rows if isinstance(rows, Dataset) else Dataset.from_dict(rows)
-    return reference_key(dataset, model, ref_model, SETTINGS | settings)
+    return reference_key([identify(dataset, model, ref_model, SETTINGS | settings)])
 
 
 def lora(model, seed, **options):
@@ -93,3 +96,108 @@ def test_a_reference_model_of_its_own(tiny_llama):
 
 def test_weights_that_are_elsewhere(tiny_llama):
     assert key(copy.deepcopy(tiny_llama).to("meta")) is None
+
+
+def with_config(model, **keys):
+    """The same weights in a model that was built from another config."""
+    config = type(model.config)(**{**model.config.to_dict(), **keys})
+    other = type(model)(config)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rms_norm_eps": 1e-3},
+        {"attn_implementation": "eager"},
+        {"sliding_window": 8},
+        {"quantization_config": {"bnb_4bit_compute_dtype": "bfloat16"}},
+    ],
+)
+def test_another_config_with_the_same_weights(override, tiny_llama):
+    assert key(with_config(tiny_llama)) == key(with_config(tiny_llama))
+    assert key(with_config(tiny_llama)) != key(with_config(tiny_llama, **override))
+
+
+def test_where_a_config_comes_from_does_not_count(tiny_llama):
+    expected = key(tiny_llama)
+    tiny_llama.config._name_or_path = "/elsewhere"
+    tiny_llama.config.use_cache = not tiny_llama.config.use_cache
+    assert key(tiny_llama) == expected
+
+
+def test_the_config_of_a_frozen_adapter_counts(tiny_llama):
+    def scaled_by(alpha):
+        model = lora(tiny_llama, 0, r=2, lora_alpha=alpha)
+        model.add_adapter("ref", model.peft_config["default"])
+        return model
+
+    assert key(scaled_by(4)) == key(scaled_by(4)) != key(scaled_by(8))
+
+
+def test_every_process_writes_a_description_in_the_same_order():
+    described = {"targets": {"q_proj", "v_proj", "k_proj"}, 1: "one", "1": {2: ("a", "b")}}
+    expected = '{"1": {"2": ["a", "b"]}, "targets": ["k_proj", "q_proj", "v_proj"]}'
+    assert provenance.digest(described) == hashlib.sha256(expected.encode()).hexdigest()
+
+
+def test_a_frequency_of_the_positions_counts(tiny_llama):
+    expected = key(tiny_llama)
+    name, buffer = next(tiny_llama.named_buffers())
+    assert name not in tiny_llama.state_dict()
+    buffer[0] *= 1.001
+    assert key(tiny_llama) != expected
+
+
+def test_a_patched_forward_counts(tiny_llama):
+    def forward(self, *args, **kwargs):
+        return type(self).forward(self, *args, **kwargs)
+
+    expected = key(tiny_llama)
+    layer = tiny_llama.model.layers[0].mlp
+    layer.forward = types.MethodType(forward, layer)
+    assert key(tiny_llama) != expected
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "trl", "peft", "aot-plugin"])
+def test_a_release_counts(package, tiny_llama, monkeypatch):
+    expected, versions = key(tiny_llama), dict(provenance._versions())
+    assert versions[package]
+    monkeypatch.setattr(provenance, "_versions", lambda: iter({**versions, package: "0"}.items()))
+    assert key(tiny_llama) != expected
+
+
+def test_edited_code_counts(tiny_llama, monkeypatch, tmp_path):
+    expected = key(tiny_llama)
+    (tmp_path / "edited.py").write_text("1")
+    monkeypatch.setattr(provenance, "_own_files", lambda: [tmp_path / "edited.py"])
+    assert key(tiny_llama) != expected
+
+
+def test_nodes(tiny_llama):
+    one = identify(Dataset.from_dict(ROWS), tiny_llama, None, SETTINGS)
+    assert reference_key([one, one]) == reference_key([one])
+    # Half of the rows were computed by something else.
+    other = one._replace(computation="other")
+    assert reference_key([one, other]) == reference_key([other, one]) != reference_key([one])
+    assert reference_key([one._replace(weights=None)] * 2) is None
+    with pytest.raises(ValueError, match="the rows of node 1 are not those of node 0"):
+        reference_key([one, one._replace(rows="others")])
+    with pytest.raises(ValueError, match="the reference weights of node 1, 2 are not those"):
+        reference_key([one, *[one._replace(weights="others")] * 2])
+
+
+def test_a_file_is_found_again(tmp_path):
+    def find(**parts):
+        parts = {"rows": "r", "weights": "w", "computation": "c", **parts}
+        return reference_file(tmp_path / "folder", lambda: Identity(**parts))
+
+    file, is_there = find()
+    assert not is_there and file.parent.is_dir()
+    assert find()[0] != file  # of a run at the same time
+    file.touch()
+    assert find() == (file, True)
+    assert not find(computation="d")[1]
+    assert find(weights=None)[0].name.startswith("unshared-")
