@@ -61,6 +61,13 @@ def share_folder(folder: Path) -> bool:
     return all(seen)
 
 
+def let_each_node_save(model: Any) -> None:
+    """With ``save_on_each_node`` the host's trainer saves on the first process of each node, but
+    ``save_pretrained`` writes weights on rank 0 alone, whoever calls it: changed for this model."""
+    if hasattr(model, "should_save_on_this_rank"):
+        model.should_save_on_this_rank = bool
+
+
 class EachNodeWrites:
     """An accelerator in whose eyes the first process of every node is the main one, for a method of
     the host that lets the main process write a file, which all ranks read."""

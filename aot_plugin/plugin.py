@@ -3,6 +3,7 @@
 import os
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
@@ -79,7 +80,13 @@ class AOTPlugin(BasePlugin):
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """The options of this run, for the class above; None when ``rl`` is not ``aot``."""
-        return training_args(cfg) if is_desugared(cfg) else None
+        if not is_desugared(cfg):
+            return None
+        from .nodes import share_folder
+
+        # Where a node can't read what another one saves, it could not resume.
+        shared = share_folder(Path(cfg["output_dir"]))
+        return {**training_args(cfg), "save_on_each_node": not shared}
 
     def _speaks(self) -> bool:
         # The host knows plugins by their names, so another spelling under `plugins:` (the class

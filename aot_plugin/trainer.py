@@ -46,7 +46,7 @@ from .held import HELD_KEY, Gradient, held_surrogate
 from .host_models import loaded_after
 from .logps import sequence_logps, sharing_is_exact, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
-from .nodes import EachNodeWrites
+from .nodes import EachNodeWrites, let_each_node_save
 from .prompts import may_share_prompts
 from .reference import Identity, identify, reference_file, refuse_unlike_rows, rows_digest
 from .registry import lookup
@@ -124,6 +124,8 @@ class AOTTrainerMixin(Trainer):
         self._refuse_what_is_not_exact()
         refuse_uneven_ranks(self.accelerator)
         refuse_unlike_rows(self.train_dataset, self.eval_dataset)
+        if self.args.save_on_each_node:
+            let_each_node_save(self.model)
         self._loss = lookup("aot_losses", "aot_loss", self.args.aot_loss)
         self._loss_options = LossOptions(
             penalty=lookup("aot_penalties", "aot_penalty", self.args.aot_penalty),

@@ -104,6 +104,9 @@ def cpu_ranks(wrapper: str) -> Iterator[None]:
             gloo = ("gloo", DistributedType.MULTI_GPU)
             stack.enter_context(patch(PartialState, "_prepare_backend", lambda *_: gloo))
         stack.enter_context(mock.patch.dict(os.environ, env))
+        # On a GPU the host finds its ranks before it loads data; on a CPU it must be told.
+        if wrapper == "ddp":
+            assert PartialState(cpu=True).num_processes == WORLD_SIZE
         yield
 
 

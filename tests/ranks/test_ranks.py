@@ -122,8 +122,13 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    bench = Bench(tmp_path_factory.mktemp("ranks"), tiny_model)
+def empty_bench(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("ranks"), tiny_model)
+
+
+@pytest.fixture(scope="module")
+def bench(empty_bench: Bench) -> Bench:
+    bench = empty_bench
     jobs = []
     for name, cfg in bench.on_ranks().items():
         keys = {"fault": "not_finite"} if name.endswith("not_finite") else {}
@@ -209,7 +214,8 @@ def test_evaluation_knows_neither_batches_nor_ranks(
 
 
 @pytest.fixture(scope="module")
-def three(bench: Bench) -> None:
+def three(empty_bench: Bench) -> Bench:
+    bench = empty_bench
     cuts = {"paired-21": (2, 2), "unpaired-21": (2, 2), "paired-3": (2, 1)}
     configs = [
         bench.config("ranks", f"three-{data}", data.split("-")[0], *cut, data=data, num_epochs=6)
@@ -217,17 +223,17 @@ def three(bench: Bench) -> None:
     ]
     code = torchrun(list(map(job, configs)), bench.work / "three", ranks=3, timeout=600)
     assert code == 0, f"torchrun failed with {code}:\n{log(bench.work / 'three')[-8000:]}"
+    return bench
 
 
-@pytest.mark.usefixtures("three")
 @pytest.mark.parametrize(
     ("data", "rows", "last"), [("paired-21", 12, 9), ("unpaired-21", 12, 9), ("paired-3", 6, 3)]
 )
-def test_three_ranks_train_as_one_process(data: str, rows: int, last: int, bench: Bench) -> None:
+def test_three_ranks_train_as_one_process(data: str, rows: int, last: int, three: Bench) -> None:
     mode = data.split("-")[0]
-    whole = bench.single(mode, f"-{data}", data=data, cut=(rows, 1), num_epochs=6)
-    assert_same(bench.run(f"three-{data}"), whole, tolerance=ROUNDING)
-    problems = bench.problems(f"three-{data}")
+    whole = three.single(mode, f"-{data}", data=data, cut=(rows, 1), num_epochs=6)
+    assert_same(three.run(f"three-{data}"), whole, tolerance=ROUNDING)
+    problems = three.problems(f"three-{data}")
     assert len(problems) == 3
     assert sum(rank[-1][2] for rank in problems) == last * (2 if mode == "paired" else 1)
 

@@ -123,7 +123,7 @@ def test_the_trainers_attributes(host: type) -> None:
     annotated = {
         name
         for name in vars(ours.AOTTrainerMixin)["__annotations__"]
-        if name not in ("_sharing", "_step_class", "_sequences_per_row")  # our own
+        if name not in ("_sharing", "_reference", "_step_class", "_sequences_per_row")  # our own
     }
     further = {"compute_metrics", "data_collator", "model_wrapped", "accelerator", "state"}
     further |= {"callback_handler", "train_dataset"}
@@ -138,6 +138,7 @@ def test_the_trainers_attributes(host: type) -> None:
 def test_trl_precomputes_through_what_we_replace(host: type) -> None:
     source = inspect.getsource(host._precompute_ref_logps)
     assert "dataset._get_cache_file_path(" in source
+    assert "if self.accelerator.is_main_process:" in source  # of each node, by nodes.py
     assert "self.compute_ref_log_probs(" in source
     assert "self._compute_ref_log_probs(model, inputs)" in inspect.getsource(
         host.compute_ref_log_probs
