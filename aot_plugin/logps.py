@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cost import Cost
 from .head import token_logps
-from .prompts import SEQUENCE_KEY, probe, share_prompts
+from .prompts import SEQUENCE_KEY, share_prompts
 
 
 def sequence_logps(
-    model: nn.Module, head: nn.Module, batch: dict[str, Any], share: bool = False
+    model: nn.Module, head: nn.Module, batch: dict[str, Any], cost: Cost | None = None
 ) -> Tensor:
     """log pi(completion | prompt) of each row: the sum over its completion tokens.
 
@@ -22,13 +23,14 @@ def sequence_logps(
             wrapped it (DDP, DeepSpeed and FSDP hook there).
         head: its output embedding (``model.get_output_embeddings()`` of the unwrapped model).
         batch: ``input_ids``, ``attention_mask``, ``completion_mask``, each [rows, width] int64.
-        share: encode a prompt that several rows have only once (see ``prompts``).
+        cost: encode a prompt that several rows have only once, where this model's costs say that
+            it pays (see ``prompts``); None where it must not.
 
     Returns:
         [rows] float32, in nats; 0 for a row without completion tokens.
     """
     rows = len(batch["input_ids"])
-    logps, row_of_token = _token_logps(model, head, share_prompts(batch) if share else batch, None)
+    logps, row_of_token = _token_logps(model, head, _laid_out(batch, cost), None)
     # In float64: thousands of float32 terms, added one by one, lose a tenth of a nat.
     sums = logps.new_zeros(rows, dtype=torch.float64)
     return sums.index_add(0, row_of_token, logps.double()).float()
@@ -39,27 +41,37 @@ def weighted_logps_sum(
     head: nn.Module,
     batch: dict[str, Any],
     weights: Tensor,
-    share: bool = False,
+    cost: Cost | None = None,
 ) -> Tensor:
     """sum(weights x ``sequence_logps``) for constant weights [rows] float32: the surrogate of the
     backward move, in a form that computes the logits once."""
-    return _token_logps(model, head, share_prompts(batch) if share else batch, weights)[0].sum()
+    return _token_logps(model, head, _laid_out(batch, cost), weights)[0].sum()
 
 
 @torch.no_grad()
-def sharing_is_exact(
-    model: nn.Module, head: nn.Module, vocabulary: int, device: torch.device
-) -> bool:
-    """Whether the model honours mask and positions of shared prompts, seen on two sequences.
+def completion_token_logps(
+    model: nn.Module, head: nn.Module, batch: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """log p of each completion token [n], those of a sequence in order, and its sequence [n]; of
+    separate rows or of shared ones (``share_prompts``)."""
+    return _token_logps(model, head, batch, None)
 
-    Only rounding may differ: a model that attends across completions, or counts positions by
-    itself, is off by far more in each of their tokens.
-    """
-    batch = {name: values.to(device) for name, values in probe(vocabulary).items()}
-    apart, shared = (sequence_logps(model, head, batch, share) for share in (False, True))
-    tokens = batch["completion_mask"].sum(dim=1)
-    half = torch.is_autocast_enabled(device.type) or next(model.parameters()).itemsize < 4
-    return bool(((apart - shared).abs() < (0.1 if half else 1e-3) * tokens).all())
+
+def why_head_is_not_chunked(head: nn.Module) -> str | None:
+    """What keeps all logits of a micro-batch's completion tokens in memory at once; None if they
+    exist for a chunk of tokens at a time. What the model does to its logits is known after its
+    first forward pass."""
+    if getattr(head, _NEEDS_LOGITS, False):
+        return "the model changes its logits (scaling, soft-capping)"
+    if type(head) is not nn.Linear:
+        return f"the LM head is a {type(head).__module__.split('.')[0]} {type(head).__name__}"
+    if "forward" in vars(head):
+        return "another package has exchanged the LM head's forward pass"
+    return None
+
+
+def _laid_out(batch: dict[str, Any], cost: Cost | None) -> dict[str, Any]:
+    return batch if cost is None else share_prompts(batch, cost)
 
 
 def _token_logps(
@@ -85,11 +97,8 @@ def _token_logps(
         return model(**inputs, use_cache=False).logits
 
     # An adapter on the head, or a forward that somebody else has exchanged, is left alone.
-    if (
-        type(head) is nn.Linear
-        and "forward" not in vars(head)
-        and not getattr(head, _NEEDS_LOGITS, False)
-    ):
+    if why_head_is_not_chunked(head) is None:
+        assert isinstance(head, nn.Linear)
         linear: nn.Linear = head
         found: list[Tensor] = []
 

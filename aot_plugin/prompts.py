@@ -7,15 +7,22 @@ prompt + chosen + rejected tokens in place of twice the prompt and the padding o
 
 The last prompt token predicts the first token of every completion, so it is repeated before each
 of them: position t + 1 is then always predicted at position t, as in an ordinary row.
+
+Attention looks at every pair of tokens of a row, those that the mask hides included. So long
+completions of a short prompt are better off apart, and many completions in several rows: a batch
+takes the layout that costs least work, of those that need no more memory than separate rows.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+
+from .cost import Cost
 
 SEQUENCE_KEY = "aot_sequence"
 """Key of a shared batch: [rows, width] int64, which sequence each completion token belongs to."""
@@ -25,8 +32,88 @@ PROMPT, PADDING = 0, -1
 """Branch numbers; those of completions count from 1."""
 
 
-def share_prompts(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with one row for each distinct prompt; unchanged if that would not be smaller.
+Prompt = tuple[int, list[int]]
+"""Length of a prompt, and the numbers of the sequences that begin with it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of the model's input, and what they cost (see ``Cost``)."""
+
+    rows: list[Prompt]
+    shared: bool
+    work: float
+    memory: float
+
+
+def cheapest_layout(prompts: Sequence[Prompt], lengths: Sequence[int], cost: Cost) -> Layout:
+    """Of the layouts that take no more memory than separate rows, that with the least work.
+
+    Args:
+        prompts: those of the sequences of one batch.
+        lengths: of all sequences, prompt included.
+    """
+    apart = [(length, [member]) for length, members in prompts for member in members]
+    widths = [lengths[member] for _, (member,) in apart]
+    # Rows of one length need no mask, so PyTorch's causal kernel takes them.
+    padded = min(widths) < max(widths)
+    best = _priced(apart, max(widths), padded, False, cost)
+    most = best.memory
+    for together in _doubled(max(len(members) for _, members in prompts)):
+        rows = [row for prompt in prompts for row in divided(prompt, together)]
+        width = max(tokens_of(row, lengths) for row in rows)
+        layout = _priced(rows, width, True, True, cost)
+        if layout.work < best.work and layout.memory <= most:
+            best = layout
+    return best
+
+
+def _priced(rows: list[Prompt], width: int, masked: bool, shared: bool, cost: Cost) -> Layout:
+    sizes = (len(rows), width, masked)
+    return Layout(rows, shared, cost.work(*sizes), cost.memory(*sizes))
+
+
+def _doubled(most: int) -> list[int]:
+    """2, 4, 8, ... up to the first number that is not below ``most``; none if that is 1."""
+    return [2**power for power in range(1, (most - 1).bit_length() + 1)]
+
+
+def divided(prompt: Prompt, together: int) -> list[Prompt]:
+    """A prompt's sequences in rows of at most ``together``."""
+    length, members = prompt
+    return [
+        (length, members[start : start + together]) for start in range(0, len(members), together)
+    ]
+
+
+def tokens_of(row: Prompt, lengths: Sequence[int]) -> int:
+    once = _encoded_once(row)
+    return once + sum(lengths[member] - once for member in row[1])
+
+
+def _encoded_once(row: Prompt) -> int:
+    """Tokens that the sequences of a row share: all of the prompt but the last one, see above."""
+    length, members = row
+    return length - 1 if len(members) > 1 else 0
+
+
+def blocks_of(prompt: Prompt, lengths: Sequence[int], cost: Cost, most: int) -> list[Prompt]:
+    """The sequences of one prompt in rows of at most ``most`` tokens, with the least work."""
+
+    def work(rows: list[Prompt]) -> float:
+        sizes = [(tokens_of(row, lengths), len(row[1]) > 1) for row in rows]
+        return sum(cost.work(1, tokens, masked) for tokens, masked in sizes)
+
+    def fits(rows: list[Prompt]) -> bool:
+        return max(tokens_of(row, lengths) for row in rows) <= most
+
+    choices = [divided(prompt, together) for together in _doubled(len(prompt[1]))]
+    return min([divided(prompt, 1), *filter(fits, choices)], key=work)
+
+
+def share_prompts(batch: dict[str, Any], cost: Cost) -> dict[str, Any]:
+    """The batch with prompts encoded once for several of their sequences; unchanged if that would
+    cost more (``cheapest_layout``).
 
     Args:
         batch: ``input_ids``, ``attention_mask``, ``completion_mask``, each [sequences, width]
@@ -37,12 +124,18 @@ def share_prompts(batch: dict[str, Any]) -> dict[str, Any]:
         [rows, width] int64, and ``attention_mask`` [rows, 1, width, width] bool: True where a
         query (third dimension) may look at a key (fourth).
     """
-    device = batch["input_ids"].device
     ids, completion = unpadded(batch)
-    shared = [_row(ids, completion, *prompt) for prompt in distinct_prompts(ids, completion)]
-    if len(shared) * max(len(row[0]) for row in shared) >= batch["input_ids"].numel():
+    layout = cheapest_layout(distinct_prompts(ids, completion), list(map(len, ids)), cost)
+    if not layout.shared:
         return batch
-    columns = zip(*shared, strict=True)
+    return shared_rows(ids, completion, layout.rows, batch["input_ids"].device)
+
+
+def shared_rows(
+    ids: list[Tensor], completion: list[Tensor], rows: Sequence[Prompt], device: torch.device
+) -> dict[str, Any]:
+    """The model's input (see ``share_prompts``) for sequences in these rows."""
+    columns = zip(*(_row(ids, completion, row) for row in rows), strict=True)
     input_ids, position_ids, completion_mask, sequence, branch = (
         pad_sequence(list(column), batch_first=True, padding_value=padding).to(device)
         for column, padding in zip(columns, (0, 0, 0, 0, PADDING), strict=True)
@@ -69,7 +162,7 @@ def unpadded(batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
 
 def distinct_prompts(
     input_ids: Sequence[Tensor], completion_mask: Sequence[Tensor]
-) -> list[tuple[int, list[int]]]:
+) -> list[Prompt]:
     """(length of the prompt, numbers of its sequences) of each distinct prompt, in the order of
     first appearance. Both arguments: one [length] int64 CPU tensor per sequence."""
     found: dict[bytes | int, tuple[int, list[int]]] = {}
@@ -82,11 +175,9 @@ def distinct_prompts(
     return list(found.values())
 
 
-def _row(
-    ids: list[Tensor], completion: list[Tensor], prompt_length: int, members: list[int]
-) -> tuple[Tensor, ...]:
-    """(ids, positions, completion mask, sequence, branch) of the sequences of one prompt."""
-    shared = prompt_length - 1 if len(members) > 1 else 0
+def _row(ids: list[Tensor], completion: list[Tensor], row: Prompt) -> tuple[Tensor, ...]:
+    """(ids, positions, completion mask, sequence, branch) of a row's tokens."""
+    members, shared = row[1], _encoded_once(row)
     prompt = ids[members[0]][:shared]
     parts = [(prompt, torch.zeros_like(prompt), 0, 0, PROMPT)]
     parts += [
@@ -94,11 +185,11 @@ def _row(
         for branch, member in enumerate(members, 1)
     ]
     return (
-        torch.cat([row for row, *_ in parts]),
-        torch.cat([torch.arange(start, start + len(row)) for row, _, start, _, _ in parts]),
+        torch.cat([tokens for tokens, *_ in parts]),
+        torch.cat([torch.arange(start, start + len(tokens)) for tokens, _, start, _, _ in parts]),
         torch.cat([mask for _, mask, *_ in parts]),
-        torch.cat([torch.full_like(row, member) for row, _, _, member, _ in parts]),
-        torch.cat([torch.full_like(row, branch) for row, *_, branch in parts]),
+        torch.cat([torch.full_like(tokens, member) for tokens, _, _, member, _ in parts]),
+        torch.cat([torch.full_like(tokens, branch) for tokens, *_, branch in parts]),
     )
 
 
@@ -109,38 +200,26 @@ def _mask(branch: Tensor) -> Tensor:
     return causal.tril() & ((query == key) | ((key == PROMPT) & (query != PADDING)))
 
 
-def may_share_prompts(model: PreTrainedModel, longest: int | None) -> bool:
-    """Whether the architecture is known to take an attention mask and positions as they come.
+def why_not_shared(model: PreTrainedModel, longest: int | None) -> str | None:
+    """What, by the model's config, forbids to share prompts; None if nothing is known to.
 
-    That is so for PyTorch's attention (``sdpa``) where every layer looks at the whole sequence; a
-    sliding window counts only if it is narrower than the ``longest`` sequence. Flash attention
-    takes no such mask.
+    PyTorch's attention (``sdpa``) takes a mask as it comes where every layer looks at the whole
+    sequence; a sliding window counts only if it is narrower than the ``longest`` sequence. Flash
+    attention takes no such mask.
     """
     config = model.config.get_text_config()
+    backend = model.config._attn_implementation
+    if backend != "sdpa":
+        return f"`attn_implementation: {backend}` takes no mask of one's own"
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return "the model attends within chunks"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    others = sorted(kinds - {"full_attention", "sliding_attention"})
+    if others:
+        return f"the model has layers of another kind ({', '.join(map(str, others))})"
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return (
-        (window is None or (longest is not None and longest <= window))
-        and model.config._attn_implementation == "sdpa"
-        and getattr(config, "attention_chunk_size", None) is None
-        and kinds <= {"full_attention", "sliding_attention"}
-    )
-
-
-def probe(vocabulary: int) -> dict[str, Tensor]:
-    """A batch of two sequences with one prompt, to see whether a model gives them the same
-    log-probabilities when it is shared."""
-    prompt, completions = 16, (24, 8)
-    tokens = torch.arange(3, 3 + prompt + sum(completions)) * 7919 % vocabulary
-    heads, (first, second) = tokens[:prompt], tokens[prompt:].split(completions)
-    rows = [torch.cat([heads, first]), torch.cat([heads, second])]
-    input_ids = pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])[:, None]
-    position = torch.arange(input_ids.shape[1])[None]
-    return {
-        "input_ids": input_ids,
-        "attention_mask": (position < lengths).long(),
-        "completion_mask": ((position >= prompt) & (position < lengths)).long(),
-    }
+    if window is not None and (longest is None or longest > window):
+        return f"the sliding window of {window} tokens is narrower than `sequence_len`"
+    return None

@@ -3,7 +3,7 @@
 After the transport move every sequence has a fixed weight of its own, so any regrouping into
 micro-batches gives the same gradient. Grouping by length removes most of the padding, equal shares
 of the tokens lower the peak of memory, and keeping the sequences of a prompt together lets the
-prompt be encoded once.
+prompt be encoded once, where that is less work.
 """
 
 from bisect import bisect_left
@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .prompts import distinct_prompts, unpadded
+from .cost import Cost
+from .prompts import (
+    Layout,
+    blocks_of,
+    cheapest_layout,
+    distinct_prompts,
+    tokens_of,
+    unpadded,
+)
 
 WEIGHT_KEY = "aot_weight"
 """Key of a collated batch that holds dL/dlogp of its sequences."""
@@ -50,28 +58,53 @@ class Sequences:
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.input_ids]
 
-    def groups(self, parts: int, by_prompt: bool) -> list[list[int]]:
+    def groups(self, parts: int, cost: Cost | None = None) -> list[list[int]]:
         """The row numbers of ``parts`` micro-batches, none empty, whose largest is as small as
-        it can be; rows of one prompt stay together if ``by_prompt``."""
-        blocks = self.by_prompt() if by_prompt else self.by_length()
+        it can be.
+
+        Where prompts may be shared (a ``cost`` is given), rows of one prompt stay together if
+        that is less work, and if no micro-batch outgrows one of equally many rows of the longest.
+        """
+        by_length = split_by_tokens(self.by_length(), parts)
+        if cost is None:
+            return by_length
+        lengths = self.lengths()
+        prompts = distinct_prompts(self.input_ids, self.completion_mask)
+        rows, longest = -(-len(self) // parts), max(lengths)
+        blocks = [
+            (tokens_of(block, lengths), block[1])
+            for prompt in prompts
+            for block in blocks_of(prompt, lengths, cost, rows * longest)
+        ]
         if len(blocks) < parts:
-            blocks = self.by_length()
-        return split_by_tokens(blocks, parts)
+            return by_length
+        by_prompt = split_by_tokens(sorted(blocks, key=lambda block: -block[0]), parts)
+
+        prompt_of = {row: number for number, (_, members) in enumerate(prompts) for row in members}
+
+        def layouts(groups: list[list[int]]) -> list[Layout]:
+            found = []
+            for group in groups:
+                members: dict[int, list[int]] = {}
+                for row in group:
+                    members.setdefault(prompt_of[row], []).append(row)
+                of_group = [(prompts[number][0], same) for number, same in members.items()]
+                found.append(cheapest_layout(of_group, lengths, cost))
+            return found
+
+        apart, together = layouts(by_length), layouts(by_prompt)
+        most = max(
+            cost.memory(rows, longest, masked=min(lengths) < longest),
+            max(layout.memory for layout in apart),
+        )
+        fits = max(layout.memory for layout in together) <= most
+        less = sum(layout.work for layout in together) < sum(layout.work for layout in apart)
+        return by_prompt if fits and less else by_length
 
     def by_length(self) -> list["Block"]:
         """Each row alone, from the longest to the shortest: memory peaks at the first batch, so
         a run that is going to exhaust it does so at once."""
         blocks = [(tokens, [row]) for row, tokens in enumerate(self.lengths())]
-        return sorted(blocks, key=lambda block: -block[0])
-
-    def by_prompt(self) -> list["Block"]:
-        """The rows of each prompt, from the prompt with the most tokens (its own, once, and those
-        of its completions) to that with the fewest."""
-        lengths = self.lengths()
-        blocks = [
-            (prompt + sum(lengths[row] - prompt for row in rows), rows)
-            for prompt, rows in distinct_prompts(self.input_ids, self.completion_mask)
-        ]
         return sorted(blocks, key=lambda block: -block[0])
 
     def collate(self, rows: Sequence[int], pad_token_id: int, multiple: int = 1) -> dict[str, Any]:

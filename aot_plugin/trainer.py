@@ -41,13 +41,14 @@ from .checks import (
     reference_error,
     wrong_reference,
 )
+from .cost import Cost
 from .data import is_text, prepare_tokens
 from .held import HELD_KEY, Gradient, held_surrogate
 from .host_models import loaded_after
-from .logps import sequence_logps, sharing_is_exact, weighted_logps_sum
+from .layout import Layouts, settle_layouts
+from .logps import sequence_logps, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
 from .nodes import EachNodeWrites, let_each_node_save
-from .prompts import may_share_prompts
 from .reference import Identity, identify, reference_file, refuse_unlike_rows, rows_digest
 from .registry import lookup
 from .repeats import DISTINCT_KEY, distinct_rows, refuse_uneven_ranks
@@ -55,12 +56,16 @@ from .report import Scores, log_figure_to_loggers, record_evaluation
 from .report.dominance import dominance_statistics
 from .sampler import StratifiedSampler
 from .sequences import LOGPS_KEY, NUMBER_KEY, WEIGHT_KEY, Sequences
+from .speed import (
+    gradients_that_fit,
+    speed_features,
+    trainable,
+    why_gradients_are_not_held,
+    why_graph_is_not_kept,
+)
 from .transport import recoupled_fraction
 
 LOG = get_logger("axolotl.aot_plugin.trainer")
-
-HELD_SHARE = 1 / 3
-"""Memory that held gradients may take in a step, as a share of what the model's weights take."""
 
 CACHED_FOR = (
     *("max_length", "truncation_mode", "bf16", "fp16", "tf32", "disable_dropout"),
@@ -93,7 +98,8 @@ class AOTTrainerMixin(Trainer):
     _paper = PAPER
 
     # Known before construction ends: TRL precomputes reference log-probabilities there.
-    _sharing: bool | None = None
+    _layouts: Layouts | None = None
+    _told_speed = False
     _mode: str
     _reference: Identity | None = None
     _step_class: type[PairedLogps] | type[UnpairedLogps]
@@ -337,37 +343,19 @@ class AOTTrainerMixin(Trainer):
 
     def _keeps_graph(self) -> bool:
         """Whether the micro-batch that is scored last is scored with gradient, and so needs no
-        second forward pass. Its backward pass comes next, so no two graphs are held at once.
-
-        Not where a wrapper counts forward and backward passes (DDP, DeepSpeed, FSDP), nor where
-        the host's training step moves activations out of the way.
-        """
-        offloads = getattr(self.args, "activation_offloading", False)
-        return self.model_wrapped is self.model and not offloads
+        second forward pass. Its backward pass comes next, so no two graphs are held at once."""
+        return why_graph_is_not_kept(self) is None
 
     def _gradients_to_hold(self, batches: list[dict[str, Any]]) -> int:
         """How many micro-batches are scored along with their gradient, which is held until the
-        transport move says by what it is multiplied.
-
-        For micro-batches of one row, where the gradients fit. In fp16 they would lack the scale of
-        the loss; reentrant checkpointing can't give a gradient without adding it to the step's.
-        """
+        transport move says by what it is multiplied: those of one row, where the gradients fit."""
         one_row = all(len(batch["input_ids"]) == self._sequences_per_row for batch in batches)
-        checkpointing = self.args.gradient_checkpointing_kwargs or {}
-        reentrant = checkpointing.get("use_reentrant") is not False
-        if (
-            not one_row
-            or not self._keeps_graph()
-            or self.args.fp16
-            or (self.args.gradient_checkpointing and reentrant)
-        ):
+        if not one_row or why_gradients_are_not_held(self) is not None:
             return 0
-        weights = sum(parameter.nbytes for parameter in self.model.parameters())
-        gradient = sum(parameter.nbytes for parameter in self._trainable())
-        return min(len(batches), int(weights * HELD_SHARE / gradient))
+        return min(len(batches), gradients_that_fit(self.model))
 
     def _trainable(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return trainable(self.model)
 
     def _logps_and_gradient(self, batch: dict[str, Any], labels: Tensor) -> tuple[Tensor, Gradient]:
         """Log-probabilities of one row's sequences, and the gradient of the first one's less the
@@ -378,25 +366,24 @@ class AOTTrainerMixin(Trainer):
         gradient = torch.autograd.grad(score, self._trainable(), allow_unused=True)
         return logps.detach(), gradient
 
-    def _shares_prompts(self, model: nn.Module) -> bool:
-        """Whether sequences with one prompt may encode it once; settled by the first ``model``,
-        the policy or the reference, that is about to score any."""
-        if self._sharing is None:
-            unwrapped = self.accelerator.unwrap_model(model)
-            self._sharing = may_share_prompts(unwrapped, self.args.max_length)
-            if self._sharing:
-                with self._no_grad():
-                    self._sharing = sharing_is_exact(
-                        model,
-                        unwrapped.get_output_embeddings(),
-                        unwrapped.config.get_text_config().vocab_size,
-                        self.args.device,
-                    )
-            LOG.info(
-                "a prompt with several completions is encoded %s",
-                "once for all of them" if self._sharing else "anew for each of them",
-            )
-        return self._sharing
+    def _shares_prompts(self, model: nn.Module) -> Cost | None:
+        """What decides where sequences with one prompt encode it once, None if nowhere; settled by
+        the first ``model``, the policy or the reference, that is about to score any."""
+        if self._layouts is None:
+            with self._no_grad():
+                self._layouts = settle_layouts(
+                    model,
+                    self.accelerator.unwrap_model(model),
+                    self.args.max_length,
+                    self.args.device,
+                    checkpointing=self.args.gradient_checkpointing,
+                    regrouped=self.args.aot_batch == "step",
+                )
+        if self.is_in_train and not self._told_speed:
+            # Not before: what wraps the model is known now.
+            self._told_speed = True
+            LOG.info("speed: %s", speed_features(self, self._layouts.why_not_shared))
+        return self._layouts.cost
 
     @contextlib.contextmanager
     def _no_grad(self) -> Iterator[None]:

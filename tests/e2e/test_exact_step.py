@@ -13,7 +13,7 @@ import pytest
 from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
 from safetensors.torch import load_file
 
-from aot_plugin import losses, trainer
+from aot_plugin import losses, speed, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +143,7 @@ class Held:
 
         monkeypatch.setattr(trainer.AOTTrainerMixin, "_logps_and_gradient", counted_take)
         monkeypatch.setattr(trainer, "held_surrogate", counted_use)
-        monkeypatch.setattr(trainer, "HELD_SHARE", share)
+        monkeypatch.setattr(speed, "HELD_SHARE", share)
 
 
 @pytest.mark.parametrize("mode", ["paired", "unpaired"])

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from aot_plugin.cost import Cost
 from aot_plugin.logps import sequence_logps
+from aot_plugin.prompts import cheapest_layout, distinct_prompts
 from aot_plugin.sequences import Sequences, split_by_tokens
 
 PAD = 7
@@ -105,9 +107,44 @@ def test_no_other_cut_has_a_smaller_largest_part(tokens: list[int], data: st.Dat
     assert largest(list(map(len, groups))) == min(map(largest, sizes))
 
 
+def pairs(prompts: list[tuple[int, list[int]]]) -> Sequences:
+    """Prompts of these lengths, each with completions of these lengths."""
+    rows = [
+        [(number % 10, False)] * prompt + [(number % 10, True)] * completion
+        for number, (prompt, completions) in enumerate(prompts)
+        for completion in completions
+    ]
+    return sequences_of(rows)
+
+
+BY_TOKENS = Cost(pair=0.0, token=1.0, mask=0.0)
+
+
 def test_a_prompt_with_more_rows_than_micro_batches_is_divided():
     rows = [[(1, False), (2, True)]] * 4
-    assert sorted(map(len, sequences_of(rows).groups(3, by_prompt=True))) == [1, 1, 2]
+    assert sorted(map(len, sequences_of(rows).groups(3, BY_TOKENS))) == [1, 1, 2]
+
+
+def test_rows_of_a_prompt_meet_where_it_pays():
+    groups = pairs([(8, [4, 4]), (8, [4, 4]), (8, [4, 4]), (8, [4, 4])]).groups(4, BY_TOKENS)
+    assert sorted(map(sorted, groups)) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("popular", [2, 8, 24])
+def test_a_popular_prompt_does_not_outgrow_a_micro_batch(popular: int):
+    """32 rows in 8 micro-batches: none holds more than 4 rows of the longest would."""
+    sequences = pairs([(20, [10] * popular)] + [(20, [10])] * (32 - popular))
+    lengths, ids, completion = (
+        sequences.lengths(),
+        sequences.input_ids,
+        sequences.completion_mask,
+    )
+    groups = sequences.groups(8, BY_TOKENS)
+    assert sorted(row for group in groups for row in group) == list(range(32))
+    for group in groups:
+        prompts = distinct_prompts([ids[r] for r in group], [completion[r] for r in group])
+        layout = cheapest_layout(prompts, [lengths[row] for row in group], BY_TOKENS)
+        assert layout.memory <= 4 * 30
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -133,7 +170,7 @@ def test_any_grouping_gives_the_same_gradient(tiny_llama: LlamaForCausalLM, seed
     shuffled = torch.randperm(len(rows), generator=generator).tolist()
     assert expected.norm() > 1
     for groups, multiple in (
-        (sequences.groups(4, by_prompt=False), 1),
+        (sequences.groups(4), 1),
         ([shuffled[::3], shuffled[1::3], shuffled[2::3]], 8),
         ([[row] for row in shuffled], 1),
     ):

@@ -1,0 +1,249 @@
+"""What a model gives one and the same sequence, however it is presented.
+
+A step may be cut into micro-batches as one likes, and prompts shared, only if a sequence's
+log-probabilities do not depend on who stands beside it, nor on where in a row it stands. A config
+can't tell that of every architecture, so the model is asked: random tokens are scored in several
+forms, which may differ by rounding only. How much rounding makes is measured too, on the same
+sequences, since in bf16 it is as large for one model as a wrong mask for another.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from .logps import completion_token_logps
+from .prompts import distinct_prompts, shared_rows, unpadded
+
+LONGEST = 1024
+"""Tokens of the longest row of a probe."""
+
+MARGIN = 2
+"""A difference of up to this many times the measured rounding is taken for rounding. In bf16 that
+of SmolLM2-135M between its layouts is 0.4 times it; a mask that lets completions see each other
+makes 30 times as much, positions that are counted through make 6 to 10 times as much."""
+
+LEAST = 2.5e-6
+"""Nats per token; rounding is never taken to be less. In float32 a nudge may come to nothing."""
+
+
+Sizes = tuple[float, float, float, float]
+MEDIAN, RMS, MAXIMUM, SUM = range(4)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of the log p of some tokens in two forms, in nats: what was ``found``, and what ``rounding``
+    makes of the same tokens.
+
+    Sizes of each: the median, the root mean square, the maximum, and the sum over a sequence (the
+    largest, by the root of its tokens). An error of one sign adds up in the sum, where rounding
+    does not.
+    """
+
+    found: Sizes
+    rounding: Sizes
+
+    @classmethod
+    def of(cls, found: Tensor, rounding: Tensor, sequence: Tensor) -> "Difference":
+        """Of tokens of these sequences, each [tokens]."""
+        median, rms, maximum, total = _sizes(rounding, sequence)
+        return cls(_sizes(found, sequence), (median, rms, maximum, max(total, rms)))
+
+    def is_rounding(self, margin: float, *sizes: int) -> bool:
+        """By these of its sizes. NaN is no rounding."""
+        return all(self.found[i] <= margin * max(self.rounding[i], LEAST) for i in sizes)
+
+
+def _sizes(difference: Tensor, sequence: Tensor) -> Sizes:
+    size = difference.abs()
+    sums = [part.sum() / len(part) ** 0.5 for part in _parts(difference, sequence)]
+    return (
+        size.median().item(),
+        size.square().mean().sqrt().item(),
+        size.max().item(),
+        torch.stack(sums).abs().max().item(),
+    )
+
+
+def _parts(values: Tensor, sequence: Tensor) -> list[Tensor]:
+    return [values[sequence == number] for number in sequence.unique()]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a probe found.
+
+    Attributes:
+        company: a short row alone and beside the longest one.
+        sharing: sequences apart and with their prompts shared; None if that was not tried.
+        random: two passes over one batch differ.
+        error: the exception that sharing raised.
+    """
+
+    company: Difference
+    sharing: Difference | None
+    random: bool
+    error: Exception | None = None
+
+    @property
+    def depends_on_company(self) -> bool:
+        # The median: a mixture of experts that sends a token elsewhere for a rounding error makes
+        # a large difference in that token, and that is no fault of the company.
+        # Twice the margin: what is wrongly shared costs exactness, a wrong refusal the whole run.
+        return not self.random and not self.company.is_rounding(2 * MARGIN, MEDIAN)
+
+    def why_not_shared(self) -> str | None:
+        if self.error is not None:
+            return f"the probe raised {type(self.error).__name__}: {self.error}"
+        if self.random:
+            return "the model's forward pass is random"
+        # The maximum: a convolution goes wrong at the first few tokens of a completion only.
+        if self.sharing is None or self.sharing.is_rounding(MARGIN, RMS, MAXIMUM, SUM):
+            return None
+        return (
+            "the model gives tokens other log-probabilities then, by "
+            f"{self.sharing.found[RMS]:.1g} nats, where rounding makes "
+            f"{self.sharing.rounding[RMS]:.1g}"
+        )
+
+
+@torch.no_grad()
+def probe(
+    model: nn.Module,
+    unwrapped: PreTrainedModel,
+    longest: int | None,
+    device: torch.device,
+    share: bool,
+) -> Found:
+    """Score a probe through ``model``, whose LM head and embeddings are those of ``unwrapped``.
+
+    Args:
+        longest: tokens of the longest sequence in training, None if there is no limit.
+        share: whether to try shared prompts.
+    """
+    config = unwrapped.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or LONGEST
+    length = min(longest or LONGEST, positions, LONGEST)
+    rows = probe_rows(config.vocab_size, length)
+    head: Any = unwrapped.get_output_embeddings()
+    epsilon = rounding_error(unwrapped, device)
+
+    def score(batch: dict[str, Any], seed: int = 0) -> Tensor:
+        """[tokens] log p in the order of sequences. Where the pass draws random numbers, two of
+        one shape draw the same."""
+        inputs = {name: values.to(device) for name, values in batch.items()}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            logps, sequence = completion_token_logps(model, head, inputs)
+        return logps.double()[torch.argsort(sequence, stable=True)]
+
+    apart = batch_of(rows[:-1])
+    expected = score(apart)
+    embeddings: Any = unwrapped.get_input_embeddings()
+    with nudged(embeddings, epsilon):
+        rounding = score(apart) - expected
+    first = batch_of(rows[:1])
+    alone = score(first)
+    beside = score(batch_of([rows[0], rows[-1]]))[: len(alone)]
+    sharing, error = None, None
+    if share:
+        ids, completion = unpadded(apart)
+        prompts = distinct_prompts(ids, completion)
+        try:
+            shared = score(shared_rows(ids, completion, prompts, device))
+        except Exception as raised:  # whatever it is, the model can't be used like this
+            error = raised
+        else:
+            # The first completion of a row stands where it would stand on its own.
+            of_tokens = torch.arange(len(ids)).repeat_interleave(apart["completion_mask"].sum(1))
+            first_ones = torch.tensor([members[0] for _, members in prompts])
+            later = ~torch.isin(of_tokens, first_ones)
+            sharing = Difference.of(
+                (shared - expected).cpu()[later], rounding.cpu()[later], of_tokens[later]
+            )
+    return Found(
+        company=Difference.of(
+            (beside - alone).cpu(), rounding.cpu()[: len(alone)], torch.zeros(len(alone))
+        ),
+        sharing=sharing,
+        random=not torch.equal(score(first, seed=1), alone),
+        error=error,
+    )
+
+
+Row = tuple[list[int], list[int]]
+"""Tokens of prompt and completion."""
+
+
+def probe_rows(vocabulary: int, length: int) -> list[Row]:
+    """Three completions of one prompt, two of another, and one row of ``length`` tokens (>= 16).
+
+    With their prompt shared, the first three take a row of that length, so that windows and chunks
+    up to it are met. The second completion repeats the first one after a token of its own: a model
+    that looks across would copy it.
+    """
+    quarter, eighth = max(length // 4, 4), max(length // 8, 2)
+    tokens = torch.randint(
+        vocabulary, (4 * length + 64,), generator=torch.Generator().manual_seed(0)
+    )
+    drawn = iter(tokens.tolist())
+
+    def take(n: int) -> list[int]:
+        return [next(drawn) for _ in range(n)]
+
+    prompt, other, first = take(quarter), take(eighth), take(quarter)
+    return [
+        (prompt, first),
+        (prompt, [*take(1), *first[: quarter - 2]]),
+        (prompt, take(eighth)),
+        (other, take(eighth)),
+        (other, take(quarter)),
+        (take(max(length - eighth, 8)), take(eighth)),
+    ]
+
+
+def batch_of(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Right-padded rows as the host's collators make them."""
+    ids = [torch.tensor(prompt + completion) for prompt, completion in rows]
+    completion = [torch.tensor([0] * len(row[0]) + [1] * len(row[1])) for row in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "completion_mask": pad_sequence(completion, batch_first=True),
+    }
+
+
+@contextmanager
+def nudged(embeddings: nn.Module, epsilon: float) -> Iterator[None]:
+    """Each number that leaves the embeddings is a rounding error larger or smaller."""
+
+    def nudge(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        sign = torch.randint(2, output.shape, device=output.device) * 2 - 1
+        return (output.float() * (1 + epsilon * sign)).to(output.dtype)
+
+    with embeddings.register_forward_hook(nudge):
+        yield
+
+
+def coarsest_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
+    """The coarsest of the floating numbers in which a model's weights, its layers of quantized
+    weights, and autocast multiply."""
+    dtypes: set[Any] = {parameter.dtype for parameter in model.parameters()}
+    dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    ordered = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    return next((dtype for dtype in ordered if dtype in dtypes), torch.float32)
+
+
+def rounding_error(model: nn.Module, device: torch.device) -> float:
+    epsilon = torch.finfo(coarsest_dtype(model, device)).eps
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        return max(epsilon, 2.0**-10)  # of tf32
+    return epsilon

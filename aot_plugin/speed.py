@@ -1,0 +1,91 @@
+"""Which of the features that make a step faster are on in a run, and why the others are not."""
+
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from .logps import why_head_is_not_chunked
+
+HELD_SHARE = 1 / 3
+"""Memory that held gradients may take in a step, as a share of what the model's weights take."""
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def why_graph_is_not_kept(trainer: Trainer) -> str | None:
+    """What forbids to score the last micro-batch of a step with gradient, so that it would need no
+    second forward pass; None if nothing does.
+
+    A wrapper that counts forward and backward passes does (DDP, DeepSpeed, FSDP), and so does a
+    training step of the host's that moves activations out of the way.
+    """
+    args: Any = trainer.args
+    if getattr(args, "activation_offloading", False):
+        return "`activation_offloading` is on"
+    if trainer.model_wrapped is trainer.model:
+        return None
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        return "DeepSpeed counts the model's passes"
+    if getattr(trainer, "is_fsdp_enabled", False):
+        return "FSDP counts the model's passes"
+    if trainer.accelerator.num_processes > 1:
+        return "several ranks"
+    if args.torch_compile:
+        return "`torch_compile` is on"
+    return f"the model is wrapped in {type(trainer.model_wrapped).__name__}"
+
+
+def gradients_that_fit(model: nn.Module) -> int:
+    """How many copies of the trainable parameters' gradients may be held."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    gradient = sum(parameter.nbytes for parameter in trainable(model))
+    return int(weights * HELD_SHARE / gradient)
+
+
+def why_gradients_are_not_held(trainer: Trainer) -> str | None:
+    """What forbids to score rows along with their gradients, so that they would need no second
+    forward pass; None if nothing does.
+
+    In fp16 the gradients would lack the scale of the loss; reentrant checkpointing can't give a
+    gradient without adding it to the step's.
+    """
+    args: Any = trainer.args
+    checkpointing = args.gradient_checkpointing_kwargs or {}
+    if args.per_device_train_batch_size > 1:
+        return "`micro_batch_size` is not 1"
+    if why := why_graph_is_not_kept(trainer):
+        return why
+    if args.fp16:
+        return "`fp16` is on"
+    if args.gradient_checkpointing and checkpointing.get("use_reentrant") is not False:
+        return "`gradient_checkpointing_kwargs: {use_reentrant: false}` is missing"
+    if gradients_that_fit(trainer.model) == 0:  # type: ignore[arg-type]
+        return "full fine-tuning" if not _has_adapter(trainer.model) else "the adapter is too large"
+    return None
+
+
+def _has_adapter(model: Any) -> bool:
+    return getattr(model, "peft_config", None) is not None
+
+
+def speed_features(trainer: Trainer, why_not_shared: str | None) -> str:
+    """All features, for the log: those that are on, and those that are off with the reason."""
+    args: Any = trainer.args
+    model: Any = trainer.model
+    alone = None
+    if args.aot_batch == "micro_batch":
+        alone = "`aot_batch: micro_batch` takes one pass anyway"
+    elif args.gradient_accumulation_steps == 1:
+        alone = "a step of one micro-batch takes one pass anyway"
+    reasons = {
+        "shared prompts": why_not_shared,
+        "held gradients": alone or why_gradients_are_not_held(trainer),
+        "kept graph": alone or why_graph_is_not_kept(trainer),
+        "chunked LM head": why_head_is_not_chunked(model.get_output_embeddings()),
+    }
+    return "; ".join(
+        f"{name} on" if why is None else f"{name} off ({why})" for name, why in reasons.items()
+    )
