@@ -3,6 +3,7 @@
 #   make quickstart            train SmolLM2-135M with AOT, paired, and measure it
 #   make quickstart-unpaired   the same on labelled rows
 #   make test                  every test, the slow ones included
+#   make exactness-long        every architecture and setting at every cut of a step
 #   make check                 ruff and mypy
 
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/aot-plugin
@@ -15,7 +16,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: quickstart quickstart-unpaired test fast check env
+.PHONY: quickstart quickstart-unpaired test fast exactness-long check env
 
 quickstart: env
 	$(BIN)/python example_configs/quickstart/prepare_model.py $(MODEL)
@@ -37,6 +38,9 @@ test: env
 fast: env
 	$(BIN)/python example_configs/quickstart/prepare_model.py $(MODEL)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+exactness-long: env
+	$(PYTEST) --dist load -m exactness_long tests/exactness $(PYTEST_ARGS)
 
 check: env
 	$(BIN)/ruff check .
