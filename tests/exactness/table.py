@@ -72,10 +72,15 @@ TABLE = [
     Entry("olmo2", "Olmo2"),
     Entry("granite", "Granite", {"logits_scaling": 2.0}),
     Entry("gpt-neox", "GPTNeoX"),
-    Entry("opt", "OPT", {"ffn_dim": 128, "word_embed_proj_dim": 64}, shared=False),
+    Entry(  # its dropout is a function, and on by default
+        "opt",
+        "OPT",
+        {"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0},
+        shared=False,
+    ),
     Entry("falcon", "Falcon"),
     Entry("falcon-alibi", "Falcon", {"alibi": True}, shared=False, short=True),
-    Entry("bloom", "Bloom", {"n_head": 4, "n_layer": 2}, shared=False),
+    Entry("bloom", "Bloom", {"n_head": 4, "n_layer": 2}, {"learning_rate": 0.01}, shared=False),
     Entry("falcon-h1", "FalconH1", {"head_dim": 16, "mamba_d_ssm": 128, **MAMBA}, shared=False),
     Entry("bamba", "Bamba", {"attn_layer_indices": [1], **MAMBA}, shared=False),
     Entry(
@@ -84,6 +89,7 @@ TABLE = [
         {
             "layer_types": ["mamba", "attention"],
             "num_local_experts": 0,
+            "router_aux_loss_coef": 0.0,
             "shared_intermediate_size": 128,
             **MAMBA,
         },
