@@ -349,7 +349,7 @@ class AOTTrainerMixin(Trainer):
     def _gradients_to_hold(self, batches: list[dict[str, Any]]) -> int:
         """How many micro-batches are scored along with their gradient, which is held until the
         transport move says by what it is multiplied: those of one row, where the gradients fit."""
-        # Settled (and told) here, while no reference has switched the adapter and its gradients off.
+        # Settled (and told) here, while no reference has switched the adapter off.
         self._shares_prompts(self.model_wrapped)
         one_row = all(len(batch["input_ids"]) == self._sequences_per_row for batch in batches)
         if not one_row or why_gradients_are_not_held(self) is not None:

@@ -76,7 +76,6 @@ TABLE = [
         "opt",
         "OPT",
         {"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0},
-        shared=False,
     ),
     Entry("falcon", "Falcon"),
     Entry("falcon-alibi", "Falcon", {"alibi": True}, shared=False, short=True),
