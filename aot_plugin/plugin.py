@@ -60,16 +60,19 @@ class AOTPlugin(BasePlugin):
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """The host's own loading, with ``weight`` and ``shards`` per entry, a count of what became
         of every unpaired row, and an error if one label only is left. Anything else is left to the
-        host, once what a killed run may have left half written is out of its way."""
+        host, once what a killed run may have left half written, and rows that were prepared of
+        other files, are out of its way."""
         if not is_desugared(cfg) or not self._speaks():
             return None
+        from .data.freshness import fresh
         from .data.loading import load_datasets
         from .recovery import discard_half_prepared, set_aside_half_checkpoints
 
         if not preprocess:
             set_aside_half_checkpoints(cfg)
         discard_half_prepared(cfg, preprocess)
-        return load_datasets(cfg, preprocess)
+        with fresh(cfg):
+            return load_datasets(cfg, preprocess)
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Remembers the policy and the reference, which the host loads after it."""

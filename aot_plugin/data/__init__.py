@@ -18,6 +18,7 @@ host resolves to a function of this package (``strategy_factory``).
     rendering.py   which chat template a run used, kept for the report
     strategy.py    the above as the batched map that the host calls
     accounting.py  what became of every row
+    freshness.py   prepared rows are read only while their sources are unchanged
     loading.py     the host's loading, with checks and a table around it (heavy to import)
     tokens.py      those strings -> token ids, in place of TRL's tokenization
     host_types.py  what the host's types that render text by themselves can't represent

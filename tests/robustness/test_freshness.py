@@ -1,0 +1,222 @@
+"""Prepared rows whose sources have changed are prepared anew, and only those."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axolotl.cli.config import load_cfg
+from axolotl.integrations.base import PluginManager
+from datasets import Dataset
+from harness import config, paired_rows, unpaired_rows, write_config, write_rows
+from transformers import AutoTokenizer
+
+from aot_plugin.data.freshness import _rows, sources_file
+from aot_plugin.data.loading import COUNTS_FILE
+
+TOLD = "prepared anew"
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A tokenizer of this test's own, to be edited; the weights are not read."""
+    path = tmp_path / "model"
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
+    (path / "config.json").write_text((tiny_model / "config.json").read_text())
+    return path
+
+
+@pytest.fixture
+def prepared(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``prepared(**keys)``: the rows that the host's command would train on."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    save = Dataset.save_to_disk  # the host's way starts a pool of processes to write a few rows
+    monkeypatch.setattr(
+        Dataset, "save_to_disk", lambda self, path, **keys: save(self, path, max_shard_size=None)
+    )
+    told: list[str] = []
+    monkeypatch.setattr(
+        "aot_plugin.data.freshness.LOG.warning", lambda text, *args: told.append(text % args)
+    )
+
+    def run(preprocess: bool = False, **keys: Any) -> list[dict[str, Any]]:
+        cfg = config(model, tmp_path / "rows.jsonl", tmp_path / "out", dataset_num_proc=0, **keys)
+        cfg = load_cfg(str(write_config(tmp_path / "config.yml", cfg)), is_preprocess=preprocess)
+        run.cfg = cfg
+        return PluginManager.get_instance().load_datasets(cfg, preprocess).train_dataset.to_list()
+
+    run.told = told
+    return run
+
+
+def folder(prepared: Any) -> Path:
+    (path,) = (p.parent for p in Path(prepared.cfg.dataset_prepared_path).glob("*/state.json"))
+    return path
+
+
+def edit(path: Path, *change: str) -> None:
+    """In place, like an editor; so small files that the clock may not have moved."""
+    text = path.read_text()
+    assert change[0] in text
+    path.write_text(text.replace(*change))
+
+
+def rows_file(tmp_path: Path, mode: str = "paired", seed: int = 0) -> Path:
+    rows = unpaired_rows(12, seed) if mode == "unpaired" else paired_rows(12, seed)
+    return write_rows(tmp_path / "rows.jsonl", rows)
+
+
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_an_edited_data_file(mode: str, prepared: Any, tmp_path: Path) -> None:
+    rows_file(tmp_path, mode)
+    before = prepared(aot_mode=mode)
+    made = folder(prepared).stat().st_ino
+    os.utime(tmp_path / "rows.jsonl")  # touched, and what it was
+    assert prepared(aot_mode=mode) == before
+    assert folder(prepared).stat().st_ino == made and prepared.told == []  # reused
+    data = rows_file(tmp_path, mode, seed=1)
+    after = prepared(aot_mode=mode)
+    assert after != before
+    assert len(prepared.told) == 1
+    assert f"{data} has changed" in prepared.told[0] and TOLD in prepared.told[0]
+    assert prepared(aot_mode=mode) == after and len(prepared.told) == 1
+    assert (folder(prepared) / COUNTS_FILE).exists() == (mode == "unpaired")
+
+
+def test_an_edited_chat_template(prepared: Any, model: Path, tmp_path: Path) -> None:
+    rows_file(tmp_path)
+    before = prepared()
+    edit(model / "chat_template.jinja", "<|im_start|>", "<|im_start|>the ")
+    after = prepared()
+    assert "the user" in after[0]["prompt"] and "the user" not in before[0]["prompt"]
+    assert "chat_template.jinja has changed" in prepared.told[0]
+
+
+def test_a_template_that_a_key_names(prepared: Any, model: Path, tmp_path: Path) -> None:
+    rows_file(tmp_path, "unpaired")
+    jinja = tmp_path / "own.jinja"
+    jinja.write_text((model / "chat_template.jinja").read_text())
+    entry = {
+        "path": str(tmp_path / "rows.jsonl"),
+        "type": "chat_template.default",
+        "chat_template_jinja": str(jinja),
+    }
+    keys = {"aot_mode": "unpaired", "datasets": [entry]}
+    before = prepared(**keys)
+    edit(jinja, "<|im_start|>", "<|im_start|>the ")
+    assert prepared(**keys) != before
+    assert "own.jinja has changed" in prepared.told[0]
+
+
+def test_files_in_a_folder(prepared: Any, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    write_rows(parts / "a.jsonl", paired_rows(6))
+    entry = {"path": str(parts), "split": "train", "type": "chat_template.default"}
+    assert len(prepared(datasets=[entry])) == 6
+    write_rows(parts / "b.jsonl", paired_rows(4, seed=1))
+    assert len(prepared(datasets=[entry])) == 10
+    assert f"{parts / 'b.jsonl'} is new" in prepared.told[-1]
+    (parts / "b.jsonl").unlink()
+    assert len(prepared(datasets=[entry])) == 6
+    assert "b.jsonl is gone" in prepared.told[-1]
+
+
+def test_the_files_of_an_entry(tmp_path: Path) -> None:
+    """A pattern, a folder that `datasets` has saved (and has put its own cache into), a hub."""
+    for name in ("part-0.jsonl", "part-1.jsonl", "other.jsonl", "cache-0a.arrow", ".hidden"):
+        (tmp_path / name).write_text("{}")
+    parts = [tmp_path / f"part-{i}.jsonl" for i in range(2)]
+    pattern = str(tmp_path / "part-*.jsonl")
+    for given in (pattern, [pattern], {"train": [pattern]}):
+        for path in (str(tmp_path), "someone/dataset"):
+            assert sorted(_rows({"path": path, "data_files": given})) == parts
+    assert sorted(_rows({"path": str(tmp_path)})) == [tmp_path / "other.jsonl", *parts]
+    assert list(_rows({"path": str(parts[0])})) == parts[:1]
+    assert list(_rows({"path": "someone/dataset"})) == []
+
+
+STRATEGY = """
+def render(row):
+    return {"prompt": row["messages"][0]["content"], "chosen": SUFFIX, "rejected": "no"}
+
+def load(cfg, **kwargs):
+    return lambda row: render(row)
+
+SUFFIX = "yes"
+"""
+
+
+def test_a_strategy_of_the_users_own(
+    prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` finds its cached rows by the name of a function, whatever the function does."""
+    import importlib
+    import sys
+
+    module = tmp_path / "aot_test_strategy.py"
+    module.write_text(STRATEGY)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = rows_file(tmp_path)
+    entry = {"path": str(data), "type": "aot_test_strategy.load"}
+    assert prepared(datasets=[entry])[0]["chosen"] == "yes"
+    edit(module, '"yes"', '"oui!"')
+    sys.modules.pop("aot_test_strategy")  # the next run is another process
+    importlib.invalidate_caches()
+    assert prepared(datasets=[entry])[0]["chosen"] == "oui!"
+    assert "aot_test_strategy.py has changed" in prepared.told[0]
+
+
+def test_keys_that_the_hosts_name_leaves_out(prepared: Any, tmp_path: Path) -> None:
+    rows_file(tmp_path)
+    shuffled = prepared()
+    in_order = prepared(curriculum_sampling=True)
+    assert shuffled != in_order
+    assert "`curriculum_sampling` was None and is True" in prepared.told[0]
+
+
+def test_rows_that_were_prepared_without_us_go_by_the_clock(prepared: Any, tmp_path: Path) -> None:
+    rows_file(tmp_path)
+    before = prepared()
+    sources_file(folder(prepared)).unlink()
+    assert prepared() == before and prepared.told == []
+    rows_file(tmp_path, seed=1)
+    assert prepared() != before
+    assert "rows.jsonl is newer" in prepared.told[0]
+
+
+def test_preprocess_and_then_train(prepared: Any, tmp_path: Path) -> None:
+    rows_file(tmp_path)
+    before = prepared(preprocess=True)
+    sources = json.loads(sources_file(folder(prepared)).read_text())
+    assert str(tmp_path / "rows.jsonl") in sources["files"]
+    assert prepared() == before and prepared.told == []
+    rows_file(tmp_path, seed=1)
+    assert prepared() != before and len(prepared.told) == 1
+
+
+def test_two_processes_at_once(prepared: Any, tmp_path: Path) -> None:
+    """Whichever comes first, both read the new rows, and the stamp is there."""
+    rows_file(tmp_path)
+    before = prepared()
+    data = rows_file(tmp_path, seed=1)
+    context = multiprocessing.get_context("fork")
+    start, found = context.Barrier(2), context.Queue()
+
+    def rank() -> None:
+        start.wait()
+        cfg = prepared.cfg
+        rows = PluginManager.get_instance().load_datasets(cfg).train_dataset.to_list()
+        found.put(rows)
+
+    ranks = [context.Process(target=rank) for _ in range(2)]
+    for process in ranks:
+        process.start()
+    first, second = (found.get(timeout=300) for _ in ranks)
+    for process in ranks:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    assert first == second != before
+    assert str(data) in json.loads(sources_file(folder(prepared)).read_text())["files"]
