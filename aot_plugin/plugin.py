@@ -91,6 +91,15 @@ class AOTPlugin(BasePlugin):
         shared = share_folder(Path(cfg["output_dir"]))
         return {**training_args(cfg), "save_on_each_node": not shared}
 
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """A short line per log in the console, and what the host's keys ask for that it heeds in
+        supervised fine-tuning only; nothing when ``rl`` is not ``aot``."""
+        if not is_desugared(cfg) or not self._speaks():
+            return []
+        from .callbacks import callbacks
+
+        return callbacks(cfg, trainer)
+
     def _speaks(self) -> bool:
         # The host knows plugins by their names, so another spelling under `plugins:` (the class
         # can be imported from two modules) makes a second instance, which has nothing to add.

@@ -1,0 +1,93 @@
+"""What the trainer calls back: a short line per log, and two callbacks of the host's own."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from axolotl.utils.callbacks import LossWatchDogCallback
+from tqdm import tqdm
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+
+def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
+    """The callbacks of a run of ours. The host adds its own two in supervised fine-tuning only."""
+    rows = "pairs" if cfg["aot_mode"] == "paired" else "rows"
+    found: list[TrainerCallback] = [StepLine(rows, trainer.accelerator.num_processes)]
+    if cfg.early_stopping_patience:
+        found.append(EarlyStoppingCallback(cfg.early_stopping_patience))
+    if cfg.loss_watchdog_threshold is not None:
+        found.append(LossWatchDogCallback(cfg))
+    return found
+
+
+class StepLine(TrainerCallback):
+    """Under the dictionary of all metrics, which the host prints: what to look at, on one line.
+
+    Args:
+        rows: what the rows of a step are called.
+        ranks: processes that train together.
+    """
+
+    def __init__(self, rows: str, ranks: int) -> None:
+        self.rows, self.ranks = rows, ranks
+        self._since = time.perf_counter()
+        self._seconds = 0.0
+        self._steps = 0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        # Evaluations and checkpoints are not the speed of training.
+        self._seconds += time.perf_counter() - self._since
+        self._steps += 1
+        self._since = time.perf_counter()
+
+    on_evaluate = on_save = on_train_begin
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        speed = None
+        if self._steps and "loss" in (logs or {}):
+            rows = args.train_batch_size * args.gradient_accumulation_steps * self.ranks
+            speed = self._steps * rows / self._seconds
+            self._seconds, self._steps = 0.0, 0
+        if state.is_world_process_zero and logs:
+            line = summary(logs, f"step {state.global_step}/{state.max_steps}", speed, self.rows)
+            if line:
+                tqdm.write(line)
+
+
+def summary(
+    logs: Mapping[str, Any], step: str, speed: float | None = None, rows: str = "rows"
+) -> str | None:
+    """Loss, dominance violation, dominance, re-coupled rows and speed of one log; None for a log
+    without them (the end of training, or steps with one label only)."""
+    found = (p for p in ("", "eval_") if {f"{p}loss", f"{p}aot/violation_fraction"} <= logs.keys())
+    prefix = next(found, None)
+    if prefix is None:
+        return None
+    value = {key.removeprefix(prefix): number for key, number in logs.items()}
+    parts = [
+        f"{prefix}loss {value['loss']:.4g}",
+        f"violation {value['aot/violation_fraction']:.0%} of levels, "
+        f"{value['aot/violation_amount']:.3g} nats",
+        f"dominance {value['aot/dominance_amount']:.3g} nats",
+    ]
+    if "aot/recoupled_fraction" in value:
+        parts.append(f"recoupled {value['aot/recoupled_fraction']:.0%}")
+    if speed is not None:
+        parts.append(f"{speed:.3g} {rows}/s")
+    return f"{step}  {' | '.join(parts)}"
