@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,7 +29,7 @@ from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser
 
 from .accounting import RowCounts, check_labels, count_rows, table
-from .blame import check_host_type, check_text, naming_the_row
+from .blame import BadRow, check_host_type, check_text, naming_the_row
 from .mixing import is_mixed, rows_taken
 from .rendering import save_rendering
 from .strategy import arranged
@@ -62,6 +63,7 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
     with (
         naming_the_row(cfg),
         _replaced(rl, "load_dataset_with_config", partial(_load_taken, cfg)),
+        _replaced(rl, "create_train_validation_split", _hold_out),
         _replaced(common, "check_dataset_labels", _show_labels),
     ):
         counts = row_counts(cfg) if is_main_process() else {}
@@ -195,6 +197,19 @@ def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kw
         check_host_type(dataset, entry, cfg)
     check_text(dataset, entry)
     return _taken(dataset, entry, cfg)[0]
+
+
+def _hold_out(
+    split: Callable[..., Any], dataset: Dataset, cfg: Any, size: float
+) -> tuple[Dataset, Dataset]:
+    """The host's split. Its schema makes a number of rows a float, of which `datasets` takes only
+    those below 1, for a share."""
+    number = math.ceil(size * len(dataset)) if size < 1 else int(size)
+    if number >= len(dataset):
+        raise BadRow(
+            f"`val_set_size: {size:g}` leaves none of {len(dataset)} rows to train on; write fewer"
+        )
+    return split(dataset, cfg, size if size < 1 else number)
 
 
 def _show_labels(
