@@ -117,24 +117,6 @@ class _StrictInputArgs(AOTInputArgs):
     model_config = ConfigDict(extra="forbid", strict=False)
 
 
-REFUSED: dict[str, str] = {
-    "dpo_loss_type": "the loss is AOT's; choose it with `aot_penalty`",
-    "dpo_loss_weights": "there is one loss; choose it with `aot_penalty`",
-    "dpo_label_smoothing": "write `aot_label_smoothing`",
-    "dpo_use_weighting": "sorted rows have no pair to weigh; remove it",
-    "dpo_ld_alpha": "AOT sums the log-probabilities of all completion tokens; remove it",
-    "dpo_padding_free": "the step is regrouped by length anyway; remove it",
-    "dpo_use_liger_kernel": "the LM head runs at completion tokens only anyway; remove it",
-    "dpo_beta": "write `rl_beta`",
-    "kto_desirable_weight": "labels weigh by their counts in the step; remove it",
-    "kto_undesirable_weight": "labels weigh by their counts in the step; remove it",
-    "orpo_alpha": "it belongs to `rl: orpo`; remove it",
-    "simpo_gamma": "it belongs to `rl: simpo`; remove it",
-    "cpo_alpha": "it belongs to `rl: simpo`; remove it",
-    "trainer_cls": "`rl: aot` brings its own trainer; remove it",
-}
-"""Host keys that contradict ``rl: aot``, and what to do instead."""
-
 _PARALLEL = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
 
 
@@ -174,16 +156,15 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
             )
         return {}
 
+    from .host_keys import check_known, refusals
+
     _check_keys(cfg)
     _check_entries(cfg)
     args = _validated(written)
-    refused = [
-        f"`{key}` can't be used with `rl: aot`: {advice}"
-        for key, advice in REFUSED.items()
-        if cfg.get(key) is not None
-    ]
-    if refused:
+    if refused := refusals(cfg):
         raise ValueError("; ".join(refused))
+    check_known(cfg)
+    _check_evaluation(cfg)
     for key in _PARALLEL:
         if (cfg.get(key) or 1) != 1:
             raise ValueError(
@@ -204,6 +185,7 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
         value = getattr(args, key)
         updates[key] = default if value is None else value
     updates |= _beta(cfg)
+    updates |= _order(cfg)
     return updates | _data_keys(cfg, mode)
 
 
@@ -211,7 +193,14 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments for the host's training-arguments class, from a validated config."""
     from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 
+    from .host_keys import FORWARDED
+
     kwargs = {key: cfg[key] for key in vars(AOTOptions())}
+    kwargs |= {key: cfg[key] for key in FORWARDED if cfg.get(key) is not None}
+    if cfg.get("early_stopping_patience"):
+        kwargs.setdefault("metric_for_best_model", "loss")
+    if cfg.get("curriculum_sampling"):
+        kwargs["train_sampling_strategy"] = "sequential"
     prepared = cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH
     kwargs["aot_reference_folder"] = str(Path(prepared) / "aot_reference")
     # The host has a collator for it, in paired mode alone, that TRL's rows do not fit.
@@ -222,8 +211,7 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
         kwargs["loss_type"] = "apo_zero_unpaired"
         # TRL's KTO takes rows in order, for its KL term. In order they stay only if the host's key
         # says so; otherwise the trainer's sampler gives both labels to each step.
-        in_order = cfg.get("curriculum_sampling")
-        kwargs["train_sampling_strategy"] = "sequential" if in_order else "random"
+        kwargs.setdefault("train_sampling_strategy", "random")
         # The host sets these two for DPO only. TRL's own default would cut rows at 1024 tokens.
         kwargs["max_length"] = cfg.get("sequence_len")
         kwargs["precompute_ref_log_probs"] = bool(cfg.get("precompute_ref_log_probs"))
@@ -241,6 +229,10 @@ def misspelt(key: str) -> str | None:
 
 
 def _check_keys(cfg: Mapping[str, Any]) -> None:
+    from .host_keys import REFUSED
+
+    if not isinstance(cfg.get("trl"), Mapping | None):
+        raise ValueError(f"`trl: {cfg['trl']}` is wrong: it holds keys of its own")
     # The host drops keys that it doesn't know without a word.
     for key in cfg:
         if not isinstance(key, str):
@@ -306,10 +298,7 @@ def _readable(error: ValidationError) -> str:
 
 
 def _beta(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    trl = cfg.get("trl")
-    if not isinstance(trl, Mapping | None):
-        raise ValueError(f"`trl: {trl}` is wrong: it holds keys of its own")
-    trl_beta = (trl or {}).get("beta")
+    trl_beta = (cfg.get("trl") or {}).get("beta")
     for key, beta in (("rl_beta", cfg.get("rl_beta")), ("trl.beta", trl_beta)):
         if beta is not None and not _is_positive(beta):
             raise ValueError(f"`{key}: {beta}` is wrong: write a positive number (the paper: 0.01)")
@@ -318,14 +307,48 @@ def _beta(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _check_evaluation(cfg: Mapping[str, Any]) -> None:
+    size = cfg.get("val_set_size")
+    if size is not None and size is not False:
+        number = _number(size)
+        if number is None or number < 0 or (number > 1 and number != int(number)):
+            raise ValueError(
+                f"`val_set_size: {size}` is wrong: write a number of rows (8), or a share of them "
+                "below 1 (0.05)"
+            )
+    evaluates = _number(size) or cfg.get("test_datasets")
+    if cfg.get("early_stopping_patience") and not evaluates:
+        raise ValueError(
+            "`early_stopping_patience` needs evaluations: set `val_set_size` or `test_datasets`"
+        )
+
+
+def _order(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows stay in their order if the host's key says so; several entries, one after the other."""
+    if not cfg.get("curriculum_sampling"):
+        return {}
+    shuffle = cfg.get("shuffle_merged_datasets")
+    if shuffle and len(cfg.get("datasets") or []) > 1:
+        raise ValueError(
+            "`shuffle_merged_datasets: true` undoes `curriculum_sampling: true`: keep one of them"
+        )
+    return {"shuffle_merged_datasets": False} if shuffle is None else {}
+
+
 def _is_positive(value: Any) -> bool:
-    # YAML 1.1 takes `1e-2` for a string, and the host reads it as a number.
+    number = _number(value)
+    return number is not None and number > 0
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as the host reads it; YAML 1.1 takes `1e-2` for a string."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return False
+        return None
     try:
-        return 0 < float(value) < math.inf
+        number = float(value)
     except (ValueError, OverflowError):
-        return False
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _data_keys(cfg: Mapping[str, Any], mode: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class AOTPlugin(BasePlugin):
         updates = desugar(cfg)
         if updates:
             _check_versions()
+            _warn_of_keys_without_effect(cfg)
         self._before = {key: cfg.get(key) for key in updates}
         for key, value in updates.items():
             cfg[key] = value
@@ -117,6 +118,15 @@ def _check_versions() -> None:
                 f"this aot-plugin supports {package}>={low},<{high}, but {installed} is installed; "
                 f"run: pip install '{package}>={low},<{high}' (or another release of aot-plugin)"
             )
+
+
+def _warn_of_keys_without_effect(cfg: dict) -> None:
+    from axolotl.utils.logging import get_logger
+
+    from .host_keys import without_effect
+
+    if said := without_effect(cfg):
+        get_logger("axolotl.aot_plugin.config").warning(said)
 
 
 def _refuse_swallowed_flags() -> None:

@@ -122,9 +122,10 @@ def test_no_key_is_dead(path: Path) -> None:
 
 def test_dead_keys_are_found() -> None:
     written = load(EXAMPLES / "aot_merlinite_fsdp2.yml")
-    written["lora_rank"] = 8
     written["fsdp_config"]["shard"] = True
-    assert dead_keys(written) == {"lora_rank", "fsdp_config.shard"}
+    assert dead_keys(written) == {"fsdp_config.shard"}
+    with pytest.raises(ValueError, match=r"`lora_rank` .*write `lora_r`"):
+        validated({**written, "lora_rank": 8})
     written["datasets"][0]["field_prompt"] = "prompt"
     with pytest.raises(ValueError, match=r"`datasets\[0\].field_prompt` is not an option"):
         validated(written)

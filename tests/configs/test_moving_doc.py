@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from aot_plugin import config
+from aot_plugin.host_keys import FOREIGN, REFUSED, REFUSED_IF_ON, REFUSED_OF_TRL
 
 DOC = (Path(__file__).parents[2] / "docs" / "moving-from-dpo-and-kto.md").read_text()
 ROWS = [line.split(" | ", 1) for line in DOC.splitlines() if line.startswith("| `")]
@@ -14,12 +15,13 @@ REFUSED_IN_DOC = {
     key
     for keys, meaning in ROWS
     if meaning.startswith("refused")
-    for key in re.findall(r"`(\w+)`", keys)
+    for key in re.findall(r"`([\w.]+)`", keys)
 }
 
 
 def test_every_refused_key_is_in_the_table_and_no_other() -> None:
-    assert set(config.REFUSED) | set(config._PARALLEL) == REFUSED_IN_DOC
+    refused = {*REFUSED, *REFUSED_IF_ON, *(f"trl.{key}" for key in REFUSED_OF_TRL)}
+    assert refused | set(config._PARALLEL) | set(FOREIGN) == REFUSED_IN_DOC
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from harness import config, write_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aot_plugin.config import REFUSED, AOTInputArgs
+from aot_plugin.config import AOTInputArgs
+from aot_plugin.host_keys import REFUSED
 
 KEYS = sorted(set(AOTInputArgs.model_fields) - {"aot_datasets"})
 

@@ -19,7 +19,9 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 
 import aot_plugin
 from aot_plugin import trainer as ours
-from aot_plugin.config import REFUSED, AOTOptions, AOTTrainingArgs, training_args
+from aot_plugin.config import AOTOptions, AOTTrainingArgs, training_args
+from aot_plugin.data.freshness import SETTINGS
+from aot_plugin.host_keys import FORWARDED, REFUSED, REFUSED_IF_ON
 from aot_plugin.plugin import AOTPlugin
 
 PACKAGE = Path(aot_plugin.__file__).parent
@@ -227,15 +229,18 @@ def test_config_keys_that_we_write_or_read() -> None:
         "skip_prepare_dataset is_preprocess hf_use_auth_token "
         "context_parallel_size tensor_parallel_size sequence_parallel_degree".split()
     )
+    read |= {"early_stopping_patience", "loss_watchdog_threshold", "shuffle_merged_datasets"}
+    read |= {*SETTINGS, *FORWARDED, "tokenizer_config", "base_model", "dataset_prepared_path"}
     # `sequence_parallel_degree` and a few of the refused ones are read raw, before validation.
     known = AxolotlInputConfig.model_fields.keys()
-    assert sorted((read | REFUSED.keys()) - known) == []
+    assert sorted((read | REFUSED.keys() | REFUSED_IF_ON.keys()) - known) == []
 
 
 def test_training_arguments_that_we_write() -> None:
-    from trl import KTOConfig
+    from axolotl.core.training_args import AxolotlKTOConfig as KTOConfig
 
     cfg = dict.fromkeys(vars(AOTOptions())) | {"aot_mode": "unpaired", "sequence_len": 8}
+    cfg |= dict.fromkeys((*FORWARDED, "curriculum_sampling", "early_stopping_patience"), 1)
     written = training_args(cfg).keys() - vars(AOTTrainingArgs()).keys()
     assert written <= KTOConfig.__dataclass_fields__.keys()
     loss_type = KTOConfig.__dataclass_fields__["loss_type"].metadata

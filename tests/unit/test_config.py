@@ -11,13 +11,13 @@ from harness import config, write_config
 
 from aot_plugin.config import (
     PAIRED_TRAINER,
-    REFUSED,
     UNPAIRED_TRAINER,
     AOTInputArgs,
     AOTOptions,
     desugar,
     training_args,
 )
+from aot_plugin.host_keys import REFUSED
 
 UNTOUCHED = [{"path": "rows.jsonl", "type": "chatml.ultra"}]
 
