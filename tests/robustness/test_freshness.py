@@ -18,6 +18,8 @@ from aot_plugin.data.loading import COUNTS_FILE
 
 TOLD = "prepared anew"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
