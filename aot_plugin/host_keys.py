@@ -228,7 +228,19 @@ def check_known(cfg: Mapping[str, Any]) -> None:
         for key, value in cfg.items()
         if value is not None and key not in known and not key.startswith(_TEMPLATE)
     ]
-    problems = [_instead(key, known) for key in unknown]
+    problems: list[str] = []
+    of_plugins: dict[str, list[str]] = {}
+    for key in unknown:
+        plugin = None if key in FOREIGN else next(_declaring(key), None)
+        if plugin is None:
+            problems.append(_instead(key, known))
+        elif _on(cfg[key]):
+            of_plugins.setdefault(plugin, []).append(f"`{key}`")
+    problems += [
+        f"{', '.join(keys)}: keys of Axolotl's plugin {plugin}, which `plugins` does not name; "
+        "list it there, or remove them"
+        for plugin, keys in of_plugins.items()
+    ]
     trl = {str(key): value for key, value in (cfg.get("trl") or {}).items() if value is not None}
     if trl:
         from axolotl.utils.schemas.trl import TRLConfig
@@ -272,12 +284,6 @@ def _on(value: Any) -> bool:
 def _instead(key: str, known: set[str]) -> str:
     if key in FOREIGN:
         return f"`{key}` is no key of Axolotl, which would drop it: {FOREIGN[key]}"
-    plugin = next(_declaring(key), None)
-    if plugin:
-        return (
-            f"`{key}` is a key of Axolotl's plugin {plugin}, which `plugins` does not name: list "
-            "it there, or remove the key"
-        )
     return _misspelt(key, key, known)
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
@@ -141,10 +142,13 @@ def test_the_files_of_an_entry(tmp_path: Path) -> None:
 
 
 STRATEGY = """
+import datasets
+
 def render(row):
     return {"prompt": row["messages"][0]["content"], "chosen": SUFFIX, "rejected": "no"}
 
 def load(cfg, **kwargs):
+    assert not datasets.is_caching_enabled()
     return lambda row: render(row)
 
 SUFFIX = "yes"
@@ -164,6 +168,7 @@ def test_a_strategy_of_the_users_own(
     data = rows_file(tmp_path)
     entry = {"path": str(data), "type": "aot_test_strategy.load"}
     assert prepared(datasets=[entry])[0]["chosen"] == "yes"
+    assert datasets.is_caching_enabled()
     edit(module, '"yes"', '"oui!"')
     sys.modules.pop("aot_test_strategy")  # the next run is another process
     importlib.invalidate_caches()

@@ -100,7 +100,7 @@ UNKNOWN = [
     ({"sequence_length": 512}, "`sequence_length` .*write `sequence_len`"),
     ({"micro-batch-size": 2}, "`micro-batch-size` .*write `micro_batch_size`"),
     ({"frobnicate": 1}, "`frobnicate` is no key of Axolotl or of a plugin in use: remove it"),
-    ({"liger_rope": True}, "`liger_rope` is a key of Axolotl's plugin axolotl.integrations.liger"),
+    ({"liger_rope": True}, "`liger_rope`: keys of Axolotl's plugin axolotl.integrations.liger"),
     ({"trl": {"betta": 0.5}}, "`trl.betta` .*write `trl.beta`"),
     ({"rl_betta": 0.5, "max_length": 9}, "(?=.*`rl_betta`)(?=.*`max_length`)"),
     ({"val_set_size": -1}, "`val_set_size: -1` is wrong: write a number of rows"),
@@ -152,6 +152,7 @@ def test_a_plugin_brings_its_keys(loaded: Any) -> None:
     plugins = ["axolotl.integrations.liger.LigerPlugin"]
     cfg = loaded(plugins=plugins, liger_rope=False)
     assert cfg.liger_rope is False
+    assert loaded(use_scattermoe=False).rl == "dpo"  # off, of a plugin that is not in use
 
 
 def test_another_rl_is_left_alone(loaded: Any) -> None:
