@@ -120,13 +120,12 @@ def assigned(cls: type) -> set[str]:
     }
 
 
+OURS = {"_layouts", "_told_speed", "_mode", "_reference", "_step_class", "_sequences_per_row"}
+
+
 @pytest.mark.parametrize("host", TRAINERS.values(), ids=lambda trainer: trainer.__name__)
 def test_the_trainers_attributes(host: type) -> None:
-    annotated = {
-        name
-        for name in vars(ours.AOTTrainerMixin)["__annotations__"]
-        if name not in ("_sharing", "_reference", "_step_class", "_sequences_per_row")  # our own
-    }
+    annotated = {name for name in vars(ours.AOTTrainerMixin)["__annotations__"] if name not in OURS}
     further = {"compute_metrics", "data_collator", "model_wrapped", "accelerator", "state"}
     further |= {"callback_handler", "train_dataset"}
     assert {"_metrics", "_tokenizer", "_is_vision_dataset"} <= annotated
