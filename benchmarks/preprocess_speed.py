@@ -1,10 +1,12 @@
-"""Rows per second from a JSONL file to token ids: our unpaired rows against the host's KTO rows.
+"""Rows per second from a JSONL file to token ids: ours against the host's.
 
-Both read the same rows in one run, in turns, in one process: the host by its `chatml.argilla` and
-TRL's tokenization, ours by `chat_template.default` with the ChatML template, whose row counting is
-timed as well. Needs a directory with a tokenizer and a `config.json` (`--model`).
+Both read the same rows in one run, in turns, in one process, and ours count them as well.
+Unpaired, the host reads them by `chatml.argilla` (`rl: kto`); paired, by `chat_template.default`
+(`rl: dpo`); then TRL tokenizes. Ours are of `chat_template.default` with the ChatML template.
+Needs a directory with a tokenizer and a `config.json` (`--model`).
 
     python benchmarks/preprocess_speed.py --model outputs/smollm2-135m-instruct
+    python benchmarks/preprocess_speed.py --mode paired
 
 `--save` goes through the length filter and the prepared dataset on disk, as `axolotl preprocess`
 and the training after it do. The memory reported is the largest sum over the process and its
@@ -38,7 +40,7 @@ from axolotl.common.datasets import load_preference_datasets
 from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from trl import KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from aot_plugin.data import prepare_tokens
 from aot_plugin.data.loading import load_datasets
@@ -47,7 +49,7 @@ LENGTH = 1024
 WORDS = "apple river stone cloud green happy table light music dance bread water house".split()
 
 
-def write_rows(path: Path, count: int, short: bool) -> None:
+def write_rows(path: Path, count: int, short: bool, paired: bool) -> None:
     """Rows that both strategies read, of lengths as in UltraFeedback (a few hundred words), or of
     a few words."""
     prompt, completion = ((3, 15), (3, 30)) if short else ((10, 150), (20, 400))
@@ -58,17 +60,20 @@ def write_rows(path: Path, count: int, short: bool) -> None:
 
     with path.open("w") as file:
         for number in range(count):
-            row = {"instruction": text(*prompt), "completion": text(*completion)}
-            file.write(json.dumps(row | {"label": number % 2 == 0}) + "\n")
+            asked, answers = text(*prompt), [text(*completion) for _ in "ab"]
+            row = {"instruction": asked, "completion": answers[0], "label": number % 2 == 0}
+            if paired:
+                row = {"messages": [{"role": "user", "content": asked}]}
+                row |= dict(zip(("chosen", "rejected"), answers, strict=True))
+            file.write(json.dumps(row) + "\n")
 
 
-def load(model: str, folder: Path, entry: dict[str, Any], save: bool) -> DictDefault:
+def load(model: str, folder: Path, entry: dict[str, Any], save: bool, **rl: Any) -> DictDefault:
     cfg = load_cfg(
         DictDefault(
             base_model=model,
-            rl="aot",
-            aot_mode="unpaired",
-            plugins=["aot_plugin.AOTPlugin"],
+            **rl,
+            chat_template="chatml",
             datasets=[{"path": str(folder / "rows.jsonl")} | entry],
             output_dir=str(folder / "out"),
             sequence_len=LENGTH,
@@ -85,24 +90,21 @@ def load(model: str, folder: Path, entry: dict[str, Any], save: bool) -> DictDef
     return cfg
 
 
-def trl_trainer(tokenizer: Any, folder: Path) -> KTOTrainer:
+def trl_trainer(tokenizer: Any, folder: Path, paired: bool) -> KTOTrainer | DPOTrainer:
     """A trainer with a tiny model, for its way of tokenizing."""
     size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder)
-    row = {"prompt": "a", "completion": "b"}
-    return KTOTrainer(
-        model=LlamaForCausalLM.from_pretrained(folder),
-        processing_class=tokenizer,
-        args=KTOConfig(
-            output_dir=str(folder / "kto"),
-            loss_type="apo_zero_unpaired",
-            max_length=LENGTH,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-        ),
-        train_dataset=datasets.Dataset.from_list([row | {"label": i == 0} for i in range(2)]),
-    )
+    common = dict(output_dir=str(folder / "trl"), max_length=LENGTH, report_to="none")
+    common |= dict(use_cpu=True, bf16=False)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    if paired:
+        rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+        make, arguments = DPOTrainer, DPOConfig(**common)
+    else:
+        rows = [{"prompt": "a", "completion": "b", "label": i == 0} for i in range(2)]
+        make, arguments = KTOTrainer, KTOConfig(loss_type="apo_zero_unpaired", **common)
+    data = datasets.Dataset.from_list(rows)
+    return make(model=model, processing_class=tokenizer, args=arguments, train_dataset=data)
 
 
 def anonymous_mib() -> float:
@@ -140,6 +142,7 @@ def peak(values: list[float]) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="outputs/smollm2-135m-instruct")
+    parser.add_argument("--mode", default="unpaired", choices=["paired", "unpaired"])
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--short", action="store_true")
@@ -148,24 +151,28 @@ def main() -> None:
     datasets.disable_caching()
     datasets.disable_progress_bars()
 
-    def refuse(rows: Any) -> Any:
-        raise AssertionError("no row is left to TRL")
+    paired = args.mode == "paired"
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_rows(folder / "rows.jsonl", args.rows, args.short)
+        write_rows(folder / "rows.jsonl", args.rows, args.short, paired)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        trainer = trl_trainer(tokenizer, folder)
-        host = load(args.model, folder, {"type": "chatml.argilla"}, args.save)
-        entry = {"field_prompt": "instruction", "chat_template": "chatml"}
-        ours = load(args.model, folder, {"type": "chat_template.default"} | entry, args.save)
+        trainer = trl_trainer(tokenizer, folder, paired)
+        host_type = "chat_template.default" if paired else "chatml.argilla"
+        host_rl = {"rl": "dpo"} if paired else {"rl": "kto", "remove_unused_columns": False}
+        host = load(args.model, folder, {"type": host_type}, args.save, **host_rl)
+        entry = {"type": "chat_template.default"}
+        if not paired:
+            entry["field_prompt"] = "instruction"
+        ours = load(args.model, folder, entry, args.save, rl="aot", aot_mode=args.mode)
 
         def host_rows() -> Any:
             rows = load_preference_datasets(cfg=host).train_dataset
             return trainer._prepare_dataset(rows, tokenizer, trainer.args, "train")
 
         def our_rows() -> Any:
-            return prepare_tokens(load_datasets(ours).train_dataset, refuse, LENGTH)
+            rows = load_datasets(ours).train_dataset
+            return prepare_tokens(rows, tokenizer, args.mode, LENGTH)
 
         sides: dict[str, Callable[[], Any]] = {"host": host_rows, "ours": our_rows}
         speeds: dict[str, list[float]] = {side: [] for side in sides}
@@ -181,6 +188,7 @@ def main() -> None:
                 assert len(prepared) == args.rows
                 del prepared
         result: dict[str, Any] = {
+            "mode": args.mode,
             "rows": args.rows,
             "short": args.short,
             "save": args.save,
