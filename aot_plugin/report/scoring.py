@@ -11,8 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import pickletools  # nosec B403
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ from ..data.rendering import read_rendering
 from .dominance import FloatArray
 from .rows import Sequence as TokenSequence
 from .rows import read_rows, sequences_of
+from .saved_arguments import checkpoints, find_arguments, saved_items, start_adapter
 from .scores import Scores
 
 LOG = logging.getLogger(__name__)
@@ -55,15 +54,15 @@ def score_run(
 ) -> Scores:
     """Log-probabilities of every completion in `eval_data` under the model saved in `run`.
 
-    `run` holds a LoRA adapter (the reference is then the base model with the adapter disabled:
-    `base_model`, or what adapter_config.json names) or a full model (then `reference` is needed),
-    itself or in its latest checkpoint. `beta` defaults to that of the run's training arguments.
-    Rows are as in `read_rows`, and become the tokens that they would in the run's training
-    (`data.render`; the chat template and its keys are those that the run used, or the tokenizer's
-    where the run was not `rl: aot`). Log-probabilities are computed in float32
-    from logits in the model's `dtype` ("auto": as saved). A batch holds at most `batch_tokens`
-    tokens, padding included, or one sequence. Rows with a sequence beyond `max_tokens` tokens are
-    left out and counted in the log.
+    `run` holds a LoRA adapter (the reference is then the base model, `base_model` or what
+    adapter_config.json names, with the adapter disabled, or exchanged for the one that training
+    began with) or a full model (then `reference` is needed), itself or in its latest checkpoint.
+    `beta` defaults to that of the run's training arguments. Rows are as in `read_rows`, and become
+    the tokens that they would in the run's training (`data.render`; the chat template and its keys
+    are those that the run used, or the tokenizer's where the run was not `rl: aot`).
+    Log-probabilities are computed in float32 from logits in the model's `dtype` ("auto": as saved).
+    A batch holds at most `batch_tokens` tokens, padding included, or one sequence. Rows with a
+    sequence beyond `max_tokens` tokens are left out and counted in the log.
 
     Raises ValueError or FileNotFoundError naming what was looked for and where.
     """
@@ -128,12 +127,6 @@ def run_renderer(run: Path, tokenizer: Any) -> Renderer:
     return Renderer(cfg or {}, ConversationOptions(), tokenizer)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoint folders, by step, the last one last."""
-    found = [p for p in run.glob("checkpoint-*") if p.name.partition("-")[2].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
-
-
 def find_model(run: Path) -> Path:
     """`run`, or its latest checkpoint, whichever holds a model first.
 
@@ -166,31 +159,16 @@ def read_beta(run: Path) -> float:
 
     Raises FileNotFoundError or ValueError if there are none or they hold no number `beta`.
     """
-    places = [place / "training_args.bin" for place in [run, *reversed(checkpoints(run))]]
-    found = next((place for place in places if place.is_file()), None)
+    found, places = find_arguments(run)
     if found is None:
         raise FileNotFoundError(
             f"{run}: no training arguments to read beta from; looked for "
             f"{', '.join(map(str, places))}. Give --beta"
         )
-    for name, value in _pickled_items(found):
-        if name == "beta":
+    for name, value in saved_items(found):
+        if name == "beta" and not isinstance(value, str):
             return float(value)
     raise ValueError(f"{found}: holds no beta. Give --beta")
-
-
-def _pickled_items(path: Path) -> Iterator[tuple[str, float]]:
-    """Every string that a number follows in the pickle of a file by torch.save."""
-    with zipfile.ZipFile(path) as archive:
-        [member] = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        pickled = archive.read(member)
-    name = None
-    for opcode, value, _ in pickletools.genops(pickled):
-        if opcode.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            continue  # bookkeeping between a key and its value
-        if opcode.name in ("BINFLOAT", "BININT", "BININT1", "BININT2") and name is not None:
-            yield name, float(value)  # type: ignore[arg-type]
-        name = value if isinstance(value, str) and "UNICODE" in opcode.name else None
 
 
 def load_policy(saved: Path, base_model: str | None, reference: str | None, dtype: str) -> Policy:
@@ -206,7 +184,9 @@ def load_policy(saved: Path, base_model: str | None, reference: str | None, dtyp
         base = base_model or json.loads(adapter_config.read_text())["base_model_name_or_path"]
         model = PeftModel.from_pretrained(_load_model(base, dtype, adapter_config), str(saved))
         tokenizer = _load_tokenizer(saved, base)
-        return Policy(model.eval(), model, tokenizer, model.disable_adapter)
+        start = start_adapter(saved)
+        as_reference = _load_start(model, start, saved) if start else model.disable_adapter
+        return Policy(model.eval(), model, tokenizer, as_reference)
     if reference is None:
         raise ValueError(f"{saved}: a full model; give the model it was trained from, --reference")
     tokenizer = _load_tokenizer(saved, reference)
@@ -216,6 +196,30 @@ def load_policy(saved: Path, base_model: str | None, reference: str | None, dtyp
         tokenizer,
         contextlib.nullcontext,
     )
+
+
+def _load_start(
+    model: Any, start: str, saved: Path
+) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Loads the adapter that training began with; enters and leaves it."""
+    try:
+        model.load_adapter(start, "start")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no adapter at {start!r}, with which the training of {saved} began (`lora_model_dir`) "
+            f"and which is its reference: {error}"
+        ) from error
+    model.set_adapter("default")
+
+    @contextlib.contextmanager
+    def as_reference() -> Iterator[None]:
+        model.set_adapter("start")
+        try:
+            yield
+        finally:
+            model.set_adapter("default")
+
+    return as_reference
 
 
 def _load_model(name: str, dtype: str, named_by: object) -> Any:
