@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .adapter_keys import adapter_updates, start_adapter
+
 PAIRED_TRAINER = "aot_plugin.trainer.AOTPairedTrainer"
 UNPAIRED_TRAINER = "aot_plugin.trainer.AOTUnpairedTrainer"
 DEFAULT_BETA = 0.01
@@ -111,6 +113,7 @@ class AOTTrainingArgs(AOTOptions):
     """The same as training arguments (merged by the host into its own classes)."""
 
     aot_reference_folder: str = ""
+    aot_start_adapter: str = ""
 
 
 class _StrictInputArgs(AOTInputArgs):
@@ -138,7 +141,7 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
     rl = cfg.get("rl")
     if is_desugared(cfg) and rl != "aot":
         _check_desugared(cfg)
-        return {}
+        return adapter_updates(cfg)
     written = {
         k: v
         for k, v in cfg.items()
@@ -184,8 +187,7 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
     for key, default in vars(defaults).items():
         value = getattr(args, key)
         updates[key] = default if value is None else value
-    updates |= _beta(cfg)
-    updates |= _order(cfg)
+    updates |= _beta(cfg) | _order(cfg) | adapter_updates(cfg)
     return updates | _data_keys(cfg, mode)
 
 
@@ -205,6 +207,7 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
     kwargs["aot_reference_folder"] = str(Path(prepared) / "aot_reference")
     # The host has a collator for it, in paired mode alone, that TRL's rows do not fit.
     kwargs["pad_to_multiple_of"] = cfg.get("pad_to_multiple_of")
+    kwargs["aot_start_adapter"] = start_adapter(cfg)
     if cfg["aot_mode"] == "unpaired":
         # A TRL loss type that needs no KL term spares the KTO trainer a forward pass that our
         # loss would not look at.

@@ -86,6 +86,8 @@ class AOTPlugin(BasePlugin):
         """The options of this run, for the class above; None when ``rl`` is not ``aot``."""
         if not is_desugared(cfg):
             return None
+        # Where the trainer, which comes next, finds it; the host's commands have set it so.
+        PluginManager.get_instance().cfg = cfg
         from .nodes import share_folder
 
         # Where a node can't read what another one saves, it could not resume.

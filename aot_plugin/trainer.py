@@ -33,6 +33,12 @@ from transformers.trainer_utils import EvalPrediction
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import global_then_local_main_first, use_adapter
 
+from .adapters import (
+    policy_to_start_from,
+    refuse_another_start,
+    save_adapter_only,
+    settle_reference,
+)
 from .checks import (
     Difference,
     first_scores,
@@ -100,6 +106,7 @@ class AOTTrainerMixin(Trainer):
     # Known before construction ends: TRL precomputes reference log-probabilities there.
     _layouts: Layouts | None = None
     _told_speed = False
+    _reference_is_settled = False
     _mode: str
     _reference: Identity | None = None
     _step_class: type[PairedLogps] | type[UnpairedLogps]
@@ -125,8 +132,13 @@ class AOTTrainerMixin(Trainer):
         """[sequences]: the precomputed reference log-probabilities of a batch."""
         raise NotImplementedError
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        new_adapter = kwargs.get("peft_config")
+        self._only_evaluates = new_adapter is None
+        model, kwargs["peft_config"] = policy_to_start_from(model, new_adapter)
+        super().__init__(model, *args, **kwargs)
+        self._settle_reference()
+        save_adapter_only(self.model)
         self._refuse_what_is_not_exact()
         refuse_uneven_ranks(self.accelerator)
         refuse_unlike_rows(self.train_dataset, self.eval_dataset)
@@ -161,6 +173,16 @@ class AOTTrainerMixin(Trainer):
                 "`overrides_of_model_config: {router_aux_loss_coef: 0.0}`"
             )
 
+    def _settle_reference(self) -> None:
+        # Once, since the policy is trained afterwards; and before TRL precomputes in __init__.
+        if not self._reference_is_settled:
+            settle_reference(self.model, self._only_evaluates)
+            self._reference_is_settled = True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        refuse_another_start(resume_from_checkpoint, self.args.aot_start_adapter)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
@@ -184,6 +206,7 @@ class AOTTrainerMixin(Trainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's, in a file that later runs with the same reference and tokens find again: beside
         the prepared rows, named by all that they depend on."""
+        self._settle_reference()
 
         def identity() -> Identity:
             if self._reference is not None:  # of other rows: a pass may change a model's buffers

@@ -104,6 +104,28 @@ def random_model(
     return model
 
 
+def base_model(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def save_adapter(model: Path, path: Path, **keys: Any) -> Path:
+    """An adapter that moves log-probabilities by nats, as supervised training would leave it."""
+    from peft import LoraConfig, get_peft_model
+
+    keys = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **keys}
+    policy = get_peft_model(base_model(model), LoraConfig(task_type="CAUSAL_LM", **keys))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad:
+                size = 0.3 if "lora_" in name else 0.03
+                parameter += size * torch.randn(parameter.shape, generator=generator)
+    policy.save_pretrained(path)
+    return path
+
+
 def word_tokenizer(template: str, roles: list[str], special: list[str], **tokens: str) -> Any:
     """One token per word: responses of equally many words have equal length.
 

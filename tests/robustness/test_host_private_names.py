@@ -19,6 +19,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 
 import aot_plugin
 from aot_plugin import trainer as ours
+from aot_plugin.adapter_keys import REFUSED_WITH_ADAPTER, SAVED_AS
 from aot_plugin.config import AOTOptions, AOTTrainingArgs, training_args
 from aot_plugin.data.freshness import SETTINGS
 from aot_plugin.host_keys import FORWARDED, REFUSED, REFUSED_IF_ON
@@ -83,7 +84,7 @@ def overridden() -> list[tuple[type, type, str]]:
 OVERRIDDEN = {
     *("_compute_ref_log_probs", "_precompute_ref_logps", "_prepare_dataset", "compute_loss"),
     *("_prepare_inputs", "evaluation_loop", "get_batch_samples", "prediction_step"),
-    "training_step",
+    *("training_step", "_load_from_checkpoint"),
 }
 
 
@@ -180,7 +181,8 @@ def test_functions_take_our_calls() -> None:
     from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list
     from axolotl.common import datasets as common
-    from axolotl.loaders import load_tokenizer
+    from axolotl.loaders import load_adapter, load_tokenizer
+    from axolotl.loaders.adapter import read_saved_adapter_config
     from axolotl.utils.chat_templates import extract_chat_template_args, get_chat_template
     from axolotl.utils.data import rl, shared
     from axolotl.utils.tokenization import check_dataset_labels, check_example_labels
@@ -192,6 +194,8 @@ def test_functions_take_our_calls() -> None:
     binds(disable_gradient_checkpointing, None, {})
     binds(Accelerator.pad_across_processes, None, None, dim=0)
     binds(load_tokenizer, {})
+    binds(load_adapter, None, {}, "lora")
+    binds(read_saved_adapter_config, "folder", from_hub=True)
     binds(extract_chat_template_args, cfg={}, ds_cfg={})
     binds(get_chat_template, "chatml", jinja_template=None, tokenizer=None)
     binds(common.load_preference_datasets, cfg={}, cli_args=None)
@@ -205,6 +209,22 @@ def test_functions_take_our_calls() -> None:
     called = inspect.getsource(common.load_preference_datasets)
     assert "check_dataset_labels(" in called
     assert all(f"{name}=" in called for name in ("dataset", "tokenizer", "num_examples"))
+
+
+def test_adapters_go_the_ways_that_we_know() -> None:
+    from axolotl import evaluate
+    from axolotl import train as host
+    from peft import PeftModel
+    from trl.trainer import dpo_trainer, kto_trainer
+
+    # What is given to the trainer tells training from evaluation; what is saved at the end.
+    assert "peft_config=" in inspect.getsource(host.setup_model_and_trainer)
+    assert "peft_config" not in inspect.getsource(evaluate.evaluate)
+    assert "model.save_pretrained(cfg.output_dir)" in inspect.getsource(host.save_trained_model)
+    for module in (dpo_trainer, kto_trainer):
+        assert 'model.add_adapter("ref", default_config)' in inspect.getsource(module)
+    binds(PeftModel.save_pretrained, None, "folder", selected_adapters=["default"])
+    binds(PeftModel.load_adapter, None, "folder", "ref", is_trainable=False)
 
 
 def test_the_plugin_api() -> None:
@@ -226,13 +246,17 @@ def test_config_keys_that_we_write_or_read() -> None:
         "curriculum_sampling precompute_ref_log_probs chat_template chat_template_jinja "
         "chat_template_kwargs dataset_exact_deduplication excess_length_strategy val_set_size "
         "skip_prepare_dataset is_preprocess hf_use_auth_token "
-        "context_parallel_size tensor_parallel_size sequence_parallel_degree".split()
+        "context_parallel_size tensor_parallel_size sequence_parallel_degree "
+        "adapter lora_model_dir lora_fp32_gradients rl_adapter_ref_model merge_lora peft "
+        "output_dir base_model deepspeed peft_init_lora_weights peft_autocast_adapter_dtype".split()
     )
     read |= {"early_stopping_patience", "loss_watchdog_threshold", "shuffle_merged_datasets"}
     read |= {*SETTINGS, *FORWARDED, "tokenizer_config", "base_model", "dataset_prepared_path"}
     # `sequence_parallel_degree` and a few of the refused ones are read raw, before validation.
     known = AxolotlInputConfig.model_fields.keys()
-    assert sorted((read | REFUSED.keys() | REFUSED_IF_ON.keys()) - known) == []
+    adapter_keys = SAVED_AS.keys() | REFUSED_WITH_ADAPTER.keys()
+    refused = REFUSED.keys() | REFUSED_IF_ON.keys()
+    assert sorted((read | adapter_keys | refused) - known) == []
 
 
 def test_training_arguments_that_we_write() -> None:

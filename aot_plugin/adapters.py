@@ -1,0 +1,187 @@
+"""The adapter as a trainer meets it: where the policy begins, what is the reference, what is saved.
+
+Where the YAML names no adapter to begin with, TRL builds one and the reference is the base model
+with the adapter disabled. With ``lora_model_dir`` the host's own loader reads the adapter, and the
+reference is TRL's frozen copy of it, named "ref".
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.logging import get_logger
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .reference import REFERENCE_ADAPTER
+from .report.saved_arguments import start_adapter
+
+LOG = get_logger("axolotl.aot_plugin.adapters")
+
+POLICY_ADAPTER = "default"
+"""The name that peft, the host and TRL give the adapter that is trained."""
+
+
+def policy_to_start_from(model: nn.Module, new_adapter: Any) -> tuple[nn.Module, Any]:
+    """What TRL's trainer is given, from what the host gives ours.
+
+    Args:
+        model: the base model.
+        new_adapter: the peft config of an adapter to build. The host's evaluating command gives
+            none, even where the config has an adapter.
+
+    Returns:
+        The policy, and the peft config of the adapter that TRL is to build on it, if any.
+
+    Raises:
+        ValueError: if the adapter to begin with is not all there, or would be written over.
+    """
+    cfg = PluginManager.get_instance().cfg
+    if cfg is None or not cfg.adapter:
+        return model, new_adapter
+    if isinstance(model, PeftModel):
+        raise ValueError("`merge_lora` is for the command `axolotl merge-lora`; remove it")
+    if not cfg.lora_model_dir:
+        if new_adapter is None:
+            LOG.warning(
+                "no adapter is evaluated, only the base model: name one, "
+                "`--lora-model-dir %s` for what this config trained",
+                cfg.output_dir,
+            )
+        return model, new_adapter
+    if new_adapter is not None and Path(cfg.lora_model_dir).resolve() == (
+        Path(cfg.output_dir).resolve()
+    ):
+        raise ValueError(
+            f"`output_dir: {cfg.output_dir}` is the adapter that training begins with "
+            "(`lora_model_dir`), and would be written over; write another `output_dir`"
+        )
+    return _load(model, cfg), None
+
+
+def _load(model: nn.Module, cfg: Any) -> PeftModel:
+    from axolotl.loaders import load_adapter
+
+    with warnings.catch_warnings():
+        # peft would go on with fresh weights in place of those that the file lacks.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            policy, _ = load_adapter(model, cfg, cfg.adapter)
+        except UserWarning as warning:
+            raise ValueError(
+                f"`lora_model_dir: {cfg.lora_model_dir}` does not hold the weights that its "
+                f"adapter_config.json asks for on `base_model: {cfg.base_model}`: {warning}"
+            ) from None
+    assert isinstance(policy, PeftModel)
+    saved: Any = policy.peft_config[POLICY_ADAPTER]
+    LOG.info(
+        "the policy begins as the adapter %s: r %s, alpha %s, on %s",
+        cfg.lora_model_dir,
+        saved.r,
+        saved.lora_alpha,
+        saved.target_modules,
+    )
+    if saved.base_model_name_or_path not in (None, cfg.base_model):
+        LOG.warning(
+            "the adapter %s was trained on %s, and base_model is %s",
+            cfg.lora_model_dir,
+            saved.base_model_name_or_path,
+            cfg.base_model,
+        )
+    return policy
+
+
+def refuse_another_start(checkpoint: str, start: str) -> None:
+    """A run that is resumed keeps its reference.
+
+    Raises:
+        ValueError: if the run of the checkpoint began with another adapter than ``start``.
+    """
+    before = start_adapter(Path(checkpoint)) or ""
+    if before != start:
+        raise ValueError(
+            f"the run of {checkpoint} began with "
+            f"{f'`lora_model_dir: {before}`' if before else 'no `lora_model_dir`'}, which is its "
+            f"reference, and this config says {f'`{start}`' if start else 'none'}; write the same, "
+            "or start a new run"
+        )
+
+
+def settle_reference(policy: nn.Module, evaluating: bool) -> None:
+    """Make TRL's frozen copy what the reference has to be, before the policy is trained.
+
+    TRL copies what has a name with ``.default.`` in it, which adapters of embeddings have not
+    (their names end there), and casts the policy's adapter on quantized weights afterwards.
+
+    Args:
+        evaluating: a saved adapter is measured, not trained on. Its reference is what it was
+            trained against: the adapter that its training began with, or the base model.
+    """
+    if not isinstance(policy, PeftModel):
+        return
+    cfg = PluginManager.get_instance().cfg
+    if cfg is not None and cfg.lora_fp32_gradients and not cfg.deepspeed:
+        from axolotl.utils.lora_precision import upcast_lora_parameters
+
+        upcast_lora_parameters(policy)  # TRL has cast them to bfloat16 on quantized weights
+    if REFERENCE_ADAPTER not in policy.peft_config:
+        return
+    if not evaluating:
+        copy_adapter(policy)
+        LOG.info("the reference is the base model with a frozen copy of that adapter")
+        return
+    policy.delete_adapter(REFERENCE_ADAPTER)
+    start = start_adapter(Path(cfg.lora_model_dir))
+    if start:
+        policy.load_adapter(start, REFERENCE_ADAPTER, is_trainable=False)
+        policy.set_adapter(POLICY_ADAPTER)
+    LOG.info("the reference is the base model%s", f" with the adapter {start}" if start else "")
+
+
+@torch.no_grad()
+def copy_adapter(policy: PeftModel) -> None:
+    """The frozen copy gets values and dtypes of the policy's adapter as they are now."""
+    parameters = dict(policy.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if POLICY_ADAPTER not in parts:
+            continue
+        twin = parameters[".".join(_renamed(parts))]
+        twin.data = parameter.detach().clone()
+        twin.requires_grad_(False)
+
+
+def _renamed(parts: list[str]) -> list[str]:
+    return [REFERENCE_ADAPTER if part == POLICY_ADAPTER else part for part in parts]
+
+
+def save_adapter_only(policy: Any) -> None:
+    """What is saved of this model from now on is the adapter in training (with its
+    ``modules_to_save``), whoever saves it.
+
+    peft would save the frozen copy beside it. And the host keeps the base model that it loaded,
+    into which TRL's adapter was put, and saves that into ``output_dir`` at the end, after an
+    interrupt and where it mends untrained tokens: all base weights, under names that no loader
+    knows. It has no hook there, so the two models' own ``save_pretrained`` is set, which is where
+    all of these meet.
+    """
+    if not isinstance(policy, PeftModel):
+        return
+    base: Any = policy.get_base_model()
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("selected_adapters", [POLICY_ADAPTER])
+        type(policy).save_pretrained(policy, *args, **kwargs)
+
+    def save_base(*args: Any, **kwargs: Any) -> None:
+        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            save(*args, **kwargs)
+        else:  # merged in the meantime
+            type(base).save_pretrained(base, *args, **kwargs)
+
+    both: tuple[tuple[Any, Any], ...] = ((policy, save), (base, save_base))
+    for model, function in both:
+        model.save_pretrained = function
