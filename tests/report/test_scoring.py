@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aot_plugin.data.options import ConversationOptions
 from aot_plugin.data.render import Renderer
 from aot_plugin.report.rows import sequences_of
+from aot_plugin.report.saved_arguments import start_adapter
 from aot_plugin.report.scoring import (
     batches_by_length,
     find_model,
@@ -155,6 +156,16 @@ def test_no_beta_is_said(tmp_path, save_arguments):
     save_arguments(tmp_path)
     with pytest.raises(ValueError, match=r"holds no beta\. Give --beta"):
         read_beta(tmp_path)
+
+
+def test_the_adapter_that_training_began_with(tmp_path):
+    path = "".join(["somebody", "/sft"])  # one object, so that the pickle refers back to it
+    for value, found in ((path, path), ("", None), (None, None)):
+        earlier = {"output_dir": value, "aot_start_adapter": value, "beta": 0.5, "next": "key"}
+        torch.save(earlier, tmp_path / "training_args.bin")
+        assert start_adapter(tmp_path) == found
+        assert read_beta(tmp_path) == 0.5
+    assert start_adapter(tmp_path / "gone") is None
 
 
 class Bomb:
