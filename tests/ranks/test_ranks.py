@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
+from harness import Run, config, paired_rows, save_adapter, train, unpaired_rows, write_rows
 from ranks_helpers import (
     TOLERANCE,
     assert_every_rank_raised,
@@ -63,6 +63,8 @@ class Bench:
             for name, some in {"": train_rows, "-eval": eval_rows, **parts}.items():
                 self.data[mode + name] = write_rows(work / f"{mode}{name}.jsonl", some)
         self.singles: dict[str, Run] = {}
+        start = save_adapter(model, work / "sft")
+        self.on_adapter = {"adapter": "lora", "lora_model_dir": str(start), "learning_rate": 0.01}
 
     def config(
         self, where: str, name: str, mode: str, micro: int, accumulation: int, **keys: Any
@@ -100,6 +102,7 @@ class Bench:
             make(f"{mode}-micro_batch", mode, 4, 2, aot_batch="micro_batch")
             make(f"{mode}-not_finite", mode, *((4, 2) if mode == "paired" else (8, 1)))
         make("paired-lora", "paired", 4, 2, **LORA)
+        make("paired-on-adapter", "paired", 4, 2, **self.on_adapter)
         make("paired-precompute", "paired", 4, 2, precompute_ref_log_probs=True)
         make("unpaired-lora-precompute", "unpaired", 4, 2, precompute_ref_log_probs=True, **LORA)
         return configs
@@ -240,6 +243,13 @@ def test_three_ranks_train_as_one_process(data: str, rows: int, last: int, three
 
 def test_lora(bench: Bench) -> None:
     assert_same(bench.run("paired-lora"), bench.single("paired", "-lora", **LORA))
+
+
+def test_on_an_adapter(bench: Bench) -> None:
+    run = bench.run("paired-on-adapter")
+    assert_same(run, bench.single("paired", "-on-adapter", **bench.on_adapter))
+    # Against its copy, not the base model: the first step knows no margins.
+    assert abs(run.logged("rewards/margins")[0]) < 1e-4
 
 
 def test_precomputed_reference(bench: Bench, whole: Callable[[str], Run]) -> None:
