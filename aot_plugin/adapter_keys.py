@@ -25,7 +25,6 @@ SAVED_AS = {
     "lora_target_modules": "target_modules",
     "lora_target_parameters": "target_parameters",
     "lora_modules_to_save": "modules_to_save",
-    "lora_exclude_modules": "exclude_modules",
     "lora_fan_in_fan_out": "fan_in_fan_out",
     "lora_rank_pattern": "rank_pattern",
     "lora_alpha_pattern": "alpha_pattern",
@@ -107,12 +106,6 @@ def _check_start(cfg: Mapping[str, Any]) -> None:
     if cfg.get("adapter") not in ("lora", "qlora"):
         raise ValueError(
             f"{said} needs `adapter: lora` or `adapter: qlora`, not `adapter: {cfg.get('adapter')}`"
-        )
-    if cfg.get("rl_adapter_ref_model"):
-        raise ValueError(
-            f"`rl_adapter_ref_model: true` would make the base model the reference, and {said} is "
-            "what the policy begins as; the reference is a frozen copy of it anyway: remove "
-            "`rl_adapter_ref_model`"
         )
     saved = _saved_config(Path(start), said)
     if saved.get("peft_type", "LORA") != "LORA":

@@ -64,7 +64,7 @@ class Bench:
                 self.data[mode + name] = write_rows(work / f"{mode}{name}.jsonl", some)
         self.singles: dict[str, Run] = {}
         start = save_adapter(model, work / "sft")
-        self.on_adapter = {"adapter": "lora", "lora_model_dir": str(start), "learning_rate": 0.01}
+        self.on_adapter = {"adapter": "lora", "lora_model_dir": str(start)}
 
     def config(
         self, where: str, name: str, mode: str, micro: int, accumulation: int, **keys: Any

@@ -247,7 +247,7 @@ def test_config_keys_that_we_write_or_read() -> None:
         "chat_template_kwargs dataset_exact_deduplication excess_length_strategy val_set_size "
         "skip_prepare_dataset is_preprocess hf_use_auth_token "
         "context_parallel_size tensor_parallel_size sequence_parallel_degree "
-        "adapter lora_model_dir lora_fp32_gradients rl_adapter_ref_model merge_lora peft "
+        "adapter lora_model_dir lora_fp32_gradients merge_lora peft "
         "output_dir base_model deepspeed peft_init_lora_weights peft_autocast_adapter_dtype".split()
     )
     read |= {"early_stopping_patience", "loss_watchdog_threshold", "shuffle_merged_datasets"}

@@ -135,8 +135,6 @@ def test_keys_that_agree_with_the_start(tmp_path: Path) -> None:
     linear = {"lora_target_linear": True, "lora_target_modules": ["q_proj"]}
     for keys in ({}, agreeing, linear):
         assert adapter_updates(cfg | keys) == {}
-    with pytest.raises(ValueError, match="rl_adapter_ref_model"):
-        adapter_updates(cfg | {"rl_adapter_ref_model": True})
 
 
 def test_merging_is_of_what_was_trained(tmp_path: Path) -> None:
