@@ -126,8 +126,8 @@ def test_dead_keys_are_found() -> None:
     assert dead_keys(written) == {"fsdp_config.shard"}
     with pytest.raises(ValueError, match=r"`lora_rank` .*write `lora_r`"):
         validated({**written, "lora_rank": 8})
-    written["datasets"][0]["field_prompt"] = "prompt"
-    with pytest.raises(ValueError, match=r"`datasets\[0\].field_prompt` is not an option"):
+    written["datasets"][0]["field_prmpt"] = "prompt"
+    with pytest.raises(ValueError, match=r"`datasets\[0\].field_prmpt` is not an option"):
         validated(written)
 
 
