@@ -148,6 +148,8 @@ def _check_contradictions(cfg: Mapping[str, Any], saved: Mapping[str, Any], said
         written, is_saved = _plain(cfg.get(key)), _plain(saved.get(name))
         if cfg.get(key) is None or written == is_saved:
             continue
+        if key == "lora_target_modules" and written in ("all-linear", ["all-linear"]):
+            continue  # peft has saved the names that it stands for
         if (
             key == "lora_target_modules"
             and cfg.get("lora_target_linear")

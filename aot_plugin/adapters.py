@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .reference import REFERENCE_ADAPTER
-from .report.saved_arguments import start_adapter
+from .report.saved_arguments import ARGUMENTS, find_arguments, start_adapter
 
 LOG = get_logger("axolotl.aot_plugin.adapters")
 
@@ -134,7 +134,15 @@ def settle_reference(policy: nn.Module, evaluating: bool) -> None:
         LOG.info("the reference is the base model with a frozen copy of that adapter")
         return
     policy.delete_adapter(REFERENCE_ADAPTER)
-    start = start_adapter(Path(cfg.lora_model_dir))
+    saved = Path(cfg.lora_model_dir)
+    start = start_adapter(saved)
+    if find_arguments(saved)[0] is None:
+        LOG.warning(
+            "%s has no %s beside it, so nothing says whether its training began with another "
+            "adapter; it is measured against the base model",
+            saved,
+            ARGUMENTS,
+        )
     if start:
         policy.load_adapter(start, REFERENCE_ADAPTER, is_trainable=False)
         policy.set_adapter(POLICY_ADAPTER)
@@ -158,7 +166,7 @@ def _renamed(parts: list[str]) -> list[str]:
     return [REFERENCE_ADAPTER if part == POLICY_ADAPTER else part for part in parts]
 
 
-def save_adapter_only(policy: Any) -> None:
+def save_adapter_only(policy: Any, arguments: Any) -> None:
     """What is saved of this model from now on is the adapter in training (with its
     ``modules_to_save``), whoever saves it.
 
@@ -166,7 +174,8 @@ def save_adapter_only(policy: Any) -> None:
     into which TRL's adapter was put, and saves that into ``output_dir`` at the end, after an
     interrupt and where it mends untrained tokens: all base weights, under names that no loader
     knows. It has no hook there, so the two models' own ``save_pretrained`` is set, which is where
-    all of these meet.
+    all of these meet. The training arguments go with the adapter, as with a checkpoint's: they say
+    what it was trained against.
     """
     if not isinstance(policy, PeftModel):
         return
@@ -175,6 +184,9 @@ def save_adapter_only(policy: Any) -> None:
     def save(*args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("selected_adapters", [POLICY_ADAPTER])
         type(policy).save_pretrained(policy, *args, **kwargs)
+        if arguments.should_save:
+            folder = args[0] if args else kwargs["save_directory"]
+            torch.save(arguments, Path(folder) / ARGUMENTS)
 
     def save_base(*args: Any, **kwargs: Any) -> None:
         if any(isinstance(module, BaseTunerLayer) for module in base.modules()):

@@ -27,6 +27,7 @@ import torch
 from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from axolotl.utils.logging import get_logger
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalPrediction
@@ -50,7 +51,7 @@ from .checks import (
 from .cost import Cost
 from .data import is_text, prepare_tokens
 from .held import HELD_KEY, Gradient, held_surrogate
-from .host_models import loaded_after
+from .host_models import begin_as_policy, loaded_after
 from .layout import Layouts, settle_layouts
 from .logps import sequence_logps, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
@@ -138,7 +139,7 @@ class AOTTrainerMixin(Trainer):
         model, kwargs["peft_config"] = policy_to_start_from(model, new_adapter)
         super().__init__(model, *args, **kwargs)
         self._settle_reference()
-        save_adapter_only(self.model)
+        save_adapter_only(self.model, self.args)
         self._refuse_what_is_not_exact()
         refuse_uneven_ranks(self.accelerator)
         refuse_unlike_rows(self.train_dataset, self.eval_dataset)
@@ -177,6 +178,10 @@ class AOTTrainerMixin(Trainer):
         # Once, since the policy is trained afterwards; and before TRL precomputes in __init__.
         if not self._reference_is_settled:
             settle_reference(self.model, self._only_evaluates)
+            if self.ref_model is not None and not isinstance(self.model, PeftModel):
+                changed = begin_as_policy(self.ref_model, self.model)
+                if changed:
+                    LOG.info("the reference begins with the policy's %s", ", ".join(changed))
             self._reference_is_settled = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -261,14 +266,15 @@ class AOTTrainerMixin(Trainer):
             batches = [prepare(batch) for batch in self._step.values()]
             if not self._checked:
                 self._checked = True
-                self._check_start(batches[0])
+                self._check_start(batches[0], several=len(batches) > 1)
             if self.args.aot_batch == "step" and len(batches) > 1:
                 batches = self._weigh(batches)
             self._step = dict(enumerate(batches))
         return self._step.pop(number)
 
-    def _check_start(self, batch: dict[str, Any]) -> None:
-        """Refuses a random network and a wrong reference (see ``checks``), on every rank at once.
+    def _check_start(self, batch: dict[str, Any], several: bool) -> None:
+        """Refuses a random network (of a step of several micro-batches; one is scored and
+        differentiated in one pass) and a wrong reference (see ``checks``), on every rank at once.
         A resumed policy has left its reference already."""
         model = self.model_wrapped
 
@@ -283,7 +289,7 @@ class AOTTrainerMixin(Trainer):
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         first = first_scores(policy, policy_elsewhere, batch, self.model, half)
         found = self._worst_of_ranks(randomness(first))
-        if found and self.args.aot_batch == "step":
+        if found and several and self.args.aot_batch == "step":
             raise ValueError(random_network(found, self.model, self.args))
         if self.state.global_step > 0:
             return
@@ -579,7 +585,8 @@ class AOTTrainerMixin(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        self._eval_name = metric_key_prefix
+        # `axolotl evaluate` knows no step: it must not write over the evaluation before the first.
+        self._eval_name = metric_key_prefix if self.is_in_train else "evaluate"
         return super().evaluation_loop(
             dataloader, description, False, ignore_keys, metric_key_prefix
         )

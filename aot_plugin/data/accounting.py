@@ -44,7 +44,7 @@ class RowCounts:
 
     ``taken`` is the number of rows that ``weight`` and ``shards`` leave of ``rows``, or make of
     them; None without the two. ``named`` holds the first numbers of the rows with a fault,
-    ``unrendered`` how many answers had a property that the chat template leaves out.
+    ``unrendered`` how many answers have something that is not trained, by what to say.
     """
 
     source: str
@@ -72,10 +72,7 @@ class RowCounts:
                 which = f"{fault.value} (row {numbers}{more})"
                 yield f"{self.source}: {count} dropped as {which}: {why}"
         for what, count in self.unrendered.items():
-            yield (
-                f"{self.source}: the chat template leaves out {what} in {count} answers, and so "
-                "does the training"
-            )
+            yield f"{self.source}: {what} in {count} answers"
 
 
 def count_rows(

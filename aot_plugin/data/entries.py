@@ -72,6 +72,7 @@ def _resolve(
             options[_digest(resolved)] = resolved
         else:
             own_module = _is_own_module(name, mode, at)
+            _check_user_defined(name, mode, at)
         _build(schema(mode, own_module), host_entry, at)
         _check_repeats(host_entry, at, where, cfg)
         if where == "test_datasets" and (own_module or isinstance(name, Mapping)):
@@ -94,7 +95,7 @@ def _ours(
     return {**source, "type": f"aot_plugin.{mode}_{_digest(resolved)}"}, resolved
 
 
-RENDERING = 2
+RENDERING = 3
 """Raised with every change of the tokens that a row becomes: older prepared data is not reused."""
 
 
@@ -173,6 +174,20 @@ _HOST_MODULES = {
     "paired": "axolotl.prompt_strategies.dpo",
     "unpaired": "axolotl.prompt_strategies.kto",
 }
+
+
+def _check_user_defined(kind: Any, mode: str, at: str) -> None:
+    if not isinstance(kind, Mapping):
+        return
+    from axolotl.utils.schemas.datasets import UserDefinedDPOType, UserDefinedKTOType
+
+    known = (UserDefinedDPOType if mode == "paired" else UserDefinedKTOType).model_fields
+    unknown = next((key for key in kind if key not in known), None)
+    if unknown is not None:
+        raise ValueError(
+            f"`{at}.type.{unknown}` is not a key of a user-defined type; accepted are "
+            f"{', '.join(known)}"
+        )
 
 
 def _is_own_module(name: Any, mode: str, at: str) -> bool:

@@ -7,6 +7,7 @@ looked for in rendered text, since an answer may read like the template's own wo
 renderings differ, the place of a turn is found by rendering other contents in it.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,12 @@ PROBES = ("Qx7", "Jz4")
 """Contents that no template takes apart, with different beginnings and ends."""
 CALLS, REASONING = "tool_calls", "reasoning_content"
 THOUGHT = "</think>"
+THOUGHTS = (REASONING, "reasoning", "thinking", "thought", "function_call")
+"""Properties of an answer that hold a part of it."""
+LEAVES_OUT = "the chat template leaves out {}"
+ANOTHER_PROMPT = (
+    "the conversations in the responses are trained, and not the row's own prompt, which differs,"
+)
 Shape = tuple[bool, ...]
 TAG = re.compile(r"<[^<>\s][^<>]*>|\[[^\[\]\s][^\[\]]*\]")
 
@@ -33,7 +40,7 @@ class Renderer:
     """Renders examples with the chat template that the entry, else the config, chooses.
 
     Attributes:
-        unrendered: how many answers had a property that the template does not render, by its name.
+        unrendered: how many answers have something that is not rendered, by what is to be said.
     """
 
     def __init__(
@@ -84,7 +91,9 @@ class Renderer:
         if not completion.strip():
             raise RowError("the chat template renders nothing of the answer")
         if THOUGHT in example.completion["content"] and THOUGHT not in completion:
-            self.unrendered["reasoning inside the content"] += 1
+            self.unrendered[LEAVES_OUT.format("reasoning inside the content")] += 1
+        if example.ignored_prompt:
+            self.unrendered[ANOTHER_PROMPT] += 1
         return prompt, completion
 
     def prompt(self, turns: list[Turn], tools: Tools = None) -> str:
@@ -101,13 +110,21 @@ class Renderer:
     def _apply(self, turns: list[Turn], tools: Tools, **kwargs: Any) -> str:
         # Without tools the argument is left out: a config's `chat_template_kwargs` may name some.
         given = {"tools": tools} if tools else {}
-        try:
+
+        def apply(turns: list[Turn]) -> str:
             return self._tokenizer.apply_chat_template(
                 turns,
                 chat_template=self.template,
                 tokenize=False,
                 **{**self._kwargs, **given, **kwargs},
             )
+
+        try:
+            try:
+                return apply(turns)
+            except TypeError:
+                # A few templates take the arguments of a tool call as JSON only.
+                return apply([_with_json_arguments(turn) for turn in turns])
         except (TemplateError, TypeError, KeyError, AttributeError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
             raise RowError(f"the chat template refuses the turns ({roles}): {error}") from error
@@ -115,6 +132,9 @@ class Renderer:
     def _compared(self, example: Example, prompt: str, whole: str) -> str:
         """The completion where the prompt is no prefix of the whole."""
         header = _common_prefix(*self._probed(example))
+        if header == whole:  # a call, beside which this template writes no content
+            plain = {"role": example.completion["role"], "content": PROBES[0]}
+            header = _common_prefix(whole, self._apply([*example.prompt, plain], example.tools))
         answered = len(header) if whole.startswith(header) else None
         completion = _closed(prompt, whole, answered)
         if completion is not None:
@@ -164,11 +184,12 @@ class Renderer:
             if not example.completion.get(CALLS):
                 raise RowError("the chat template does not render the content of the answer")
             if example.completion["content"].strip():
-                self.unrendered[f"content beside `{CALLS}`"] += 1
-        if example.completion.get(REASONING):
-            silent = {k: v for k, v in example.completion.items() if k != REASONING}
-            if self._renders_same(turns, len(turns) - 1, silent, example.tools, whole):
-                self.unrendered[REASONING] += 1
+                self.unrendered[LEAVES_OUT.format(f"content beside `{CALLS}`")] += 1
+        for name in THOUGHTS:
+            if example.completion.get(name):
+                silent = {k: v for k, v in example.completion.items() if k != name}
+                if self._renders_same(turns, len(turns) - 1, silent, example.tools, whole):
+                    self.unrendered[LEAVES_OUT.format(f"`{name}`")] += 1
 
     def _renders_same(
         self, turns: Sequence[Turn], number: int, other: Turn, tools: Tools, whole: str
@@ -223,6 +244,18 @@ def _shape(example: Example) -> Shape:
 
 def _with(turn: Turn, content: str) -> Turn:
     return {**turn, "content": content}
+
+
+def _with_json_arguments(turn: Turn) -> Turn:
+    if not turn.get(CALLS):
+        return turn
+    calls = []
+    for call in turn[CALLS]:
+        inner = dict(call.get("function", call))
+        if isinstance(inner.get("arguments"), Mapping):
+            inner["arguments"] = json.dumps(inner["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": inner} if "function" in call else inner)
+    return {**turn, CALLS: calls}
 
 
 def _common_prefix(one: str, other: str) -> str:

@@ -7,13 +7,15 @@ from typing import Any
 
 from axolotl.utils.logging import get_logger
 
-from .options import parsed_options
+from .options import parsed_options, plain
 from .render import Renderer
 from .strategy import template_config
 
 LOG = get_logger("axolotl.aot_plugin.data")
 FILE = Path("aot") / "rendering.json"
 """Under the output folder of a run."""
+OPTIONS = ("system_prompt", "roles", "message_property_mappings")
+"""What an entry says about turns, whatever its columns are."""
 
 
 def save_rendering(cfg: Mapping[str, Any], tokenizer: Any) -> None:
@@ -27,6 +29,7 @@ def save_rendering(cfg: Mapping[str, Any], tokenizer: Any) -> None:
             "chat_template": "jinja",
             "chat_template_jinja": text,
             "chat_template_kwargs": template["chat_template_kwargs"],
+            "options": {k: v for k, v in plain(resolved["options"]).items() if k in OPTIONS},
         }
         if used not in found:
             found.append(used)
@@ -37,8 +40,8 @@ def save_rendering(cfg: Mapping[str, Any], tokenizer: Any) -> None:
 
 
 def read_rendering(run: Path) -> dict[str, Any] | None:
-    """The keys that ``Renderer`` takes, from a run's folder or that of its checkpoint; None if the
-    run left none."""
+    """The keys that ``Renderer`` takes, and ``options`` of the entry, from a run's folder or that
+    of its checkpoint; None if the run left none."""
     paths = (folder / FILE for folder in (run, run.resolve().parent))
     path = next((path for path in paths if path.is_file()), None)
     if path is None:

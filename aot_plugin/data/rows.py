@@ -6,11 +6,12 @@ or turns whose last one is the assistant's; turns that open with the user or the
 conversation and bring their own prompt.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from datasets import Dataset
 from pydantic import BaseModel
@@ -39,6 +40,8 @@ class Example:
     completion: Turn
     label: bool
     tools: list[dict[str, Any]] | None = None
+    ignored_prompt: bool = dataclasses.field(default=False, compare=False)
+    """The row has a prompt of its own that is no part of the conversation."""
 
 
 Outcome = Example | Drop
@@ -135,18 +138,54 @@ def examples(
         RowError: if prompt or response are not text, a role is unknown, or the prompt's last turn
             is an answer other than a response of this row.
     """
+    own = prompted and _prompt_field(row, options) is not None
     judged = [
-        (label if isinstance(label, Drop) else as_turns(value, "assistant", options, field), label)
-        for value, field, label in responses
+        (
+            label if isinstance(label, Drop) else as_turns(value, "assistant", options, name, own),
+            label,
+        )
+        for value, name, label in responses
     ]
     answers = [turns[-1] for turns, _ in judged if not isinstance(turns, Drop) and turns]
     for turns, label in judged:
         if isinstance(turns, Drop):
             yield turns
             continue
+        ignored = False
         if prompted and (not turns or turns[0]["role"] == "assistant"):
             turns = [*_prompt(row, options, answers), *turns]
-        yield _outcome(_with_system(row, turns, options), label, _tools(row, options))
+        elif own:
+            turns, ignored = _within(_prompt_or_nothing(row, options, answers), turns)
+        outcome = _outcome(_with_system(row, turns, options), label, _tools(row, options))
+        yield replace(outcome, ignored_prompt=True) if _is_kept(outcome) and ignored else outcome
+
+
+def _is_kept(outcome: Outcome) -> TypeGuard[Example]:
+    return isinstance(outcome, Example)
+
+
+def _within(prompt: list[Turn], turns: list[Turn]) -> tuple[list[Turn], bool]:
+    """A conversation that a response brings, with what the row's own prompt has before it; and
+    whether that prompt is another one."""
+
+    def said(some: Sequence[Turn]) -> list[tuple[str, str]]:
+        return [(turn["role"], turn["content"].strip()) for turn in some]
+
+    own, before = said(prompt), said(turns[:-1])
+    if not own or any(before[i : i + len(own)] == own for i in range(len(before))):
+        return turns, False
+    if before and own[-len(before) :] == before:
+        return [*prompt, turns[-1]], False
+    return turns, True
+
+
+def _prompt_or_nothing(
+    row: Row, options: ConversationOptions, answers: Sequence[Turn]
+) -> list[Turn]:
+    try:
+        return _prompt(row, options, answers)
+    except RowError:  # of no use, and of no harm beside a whole conversation
+        return []
 
 
 def example(
@@ -207,12 +246,18 @@ def judge(row: Row, field: str, options: DefaultOptions | ListwiseOptions) -> bo
 
 
 def as_turns(
-    value: Any, role: str, options: ConversationOptions, field: str | None = None
+    value: Any,
+    role: str,
+    options: ConversationOptions,
+    field: str | None = None,
+    literal: bool = False,
 ) -> list[Turn]:
-    """Turns from a string (one turn of ``role``), a turn, a list of turns or a transcript.
+    """Turns from a string (one turn of ``role``), a turn, a list of turns (also as JSON) or a
+    transcript.
 
     Args:
         field: the column, for messages.
+        literal: a string is no transcript, whatever it looks like.
 
     Raises:
         RowError: for any other value, or a role that the entry's ``roles`` do not map.
@@ -220,7 +265,10 @@ def as_turns(
     if value is None:
         return []
     if isinstance(value, str):
-        return _from_transcript(value) or [{"role": role, "content": value}]
+        value = _turns_in_json(value, options) or value
+    if isinstance(value, str):
+        turns = [] if literal else _from_transcript(value)
+        return turns or [{"role": role, "content": value}]
     try:
         if isinstance(value, Mapping):
             return [_turn(value, options)]
@@ -229,6 +277,18 @@ def as_turns(
         raise RowError(f"{_short(value)} is neither text nor a list of turns")
     except RowError as error:
         raise RowError(f"`{field}`: {error}" if field else str(error)) from None
+
+
+def _turns_in_json(text: str, options: ConversationOptions) -> list[Any] | None:
+    """The turns of a conversation that a set keeps as JSON; None if the text is none."""
+    if not text.lstrip().startswith("[{"):
+        return None
+    try:
+        turns = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    names = {options.message_property_mappings[name] for name in ("role", "content")}
+    return turns if all(isinstance(t, dict) and names <= t.keys() for t in turns) else None
 
 
 def explicit(options: BaseModel) -> set[str]:
@@ -274,13 +334,40 @@ def _turn(message: Any, options: ConversationOptions) -> Turn:
     if source not in targets:
         raise RowError(f"role {source!r} is unknown; known are {', '.join(targets)}: set `roles`")
     content = _text(message.get(mapping["content"]))
-    turn = {"role": targets[source], "content": content}
+    turn: Turn = {"role": targets[source], "content": content}
     sources = set(mapping.values())
     further = {name: name for name in message if name not in sources} | mapping
     for name, field in further.items():
         if name not in turn and message.get(field) is not None:
             turn[name] = without_nulls(message[field])
+    if turn.get("tool_calls"):
+        turn["tool_calls"] = _calls(turn["tool_calls"])
     return turn
+
+
+def _calls(calls: Any) -> list[Any]:
+    """Tool calls as templates take them, with arguments as mappings: many sets, and OpenAI's
+    interface, keep these (or the calls) as JSON, which a template would write as a string."""
+    if isinstance(calls, str):
+        calls = _from_json(calls)
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise RowError(f"`tool_calls`: {_short(calls)} is not a list of calls")
+    found = []
+    for call in calls:
+        inner = call.get("function", call)
+        if isinstance(inner, Mapping) and isinstance(inner.get("arguments"), str):
+            inner = {**inner, "arguments": _from_json(inner["arguments"])}
+        found.append({**call, "function": inner} if "function" in call else dict(inner))
+    return found
+
+
+def _from_json(text: str) -> Any:
+    """What a text says as JSON; itself if it is none, or says no mapping or list."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return value if isinstance(value, dict | list) else text
 
 
 def _text(content: Any) -> str:
@@ -333,16 +420,35 @@ def as_tools(tools: Any, column: str) -> list[dict[str, Any]] | None:
     return tools or None
 
 
+def _prompt_field(row: Row, options: ConversationOptions) -> str | None:
+    """The column with the prompt; None if the row has none (another row of the set may)."""
+    written = explicit(options)
+    names = [options.field_prompt, options.field_messages]
+    if options.prefers_messages:
+        names.reverse()
+    if "field_messages" in written:
+        names = [options.field_messages]
+    elif "field_prompt" in written:
+        names = [options.field_prompt]
+    return next((name for name in names if _has(row, name)), None)
+
+
+def _has(row: Row, name: str) -> bool:
+    try:
+        return cell(row, name) is not None
+    except RowError:
+        return False
+
+
 def _prompt(row: Row, options: ConversationOptions, answers: Sequence[Turn]) -> list[Turn]:
     """The turns of the prompt column. Some sets keep the whole conversation there: an answer at
     its end that is one of the row's own ``answers`` is none of the prompt."""
-    written = explicit(options)
-    field = options.field_prompt
-    if "field_messages" in written or (
-        "field_prompt" not in written
-        and (field not in row or (options.prefers_messages and options.field_messages in row))
-    ):
-        field = options.field_messages
+    field = _prompt_field(row, options)
+    if field is None:
+        # Null is an empty prompt; a column that is not there is an error that names it.
+        written = explicit(options)
+        named = "field_prompt" in written or options.field_prompt in row
+        field = options.field_prompt if named else options.field_messages
     turns = as_turns(cell(row, field), "user", options, field)
     if turns and turns[-1]["role"] == "assistant":
         if turns[-1] not in answers:

@@ -24,7 +24,7 @@ _FIELDS: dict[Mode, tuple[str, str]] = {
 }
 _SHAPES = (
     "a row is {prompt|messages, chosen, rejected} or {prompt|messages, completion, label} "
-    "with a label of true or false"
+    "with a label of true or false; conversations as responses need no prompt"
 )
 
 Row = Mapping[str, Any]
@@ -44,7 +44,7 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[Mode, list[Row]]:
     """
     rows: list[Row] = []
     modes: set[Mode] = set()
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -66,20 +66,25 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[Mode, list[Row]]:
 
 
 def _mode_of(row: Row) -> Mode | None:
-    if ("prompt" in row) == ("messages" in row):
-        return None
     for mode, fields in _FIELDS.items():
         if all(field in row for field in fields):
             return None if mode == "unpaired" and not isinstance(row["label"], bool) else mode
     return None
 
 
-def sequences_of(row: Row, mode: Mode, render: Renderer | None, tokenizer: Any) -> list[Sequence]:
+def sequences_of(
+    row: Row,
+    mode: Mode,
+    render: Renderer | None,
+    tokenizer: Any,
+    options: ConversationOptions = OPTIONS,
+) -> list[Sequence]:
     """The sequences of a row, chosen before rejected, with the token ids that training gives them.
 
     Args:
         render: the run's renderer; None takes prompt and completion as the text that they are,
             with the tokenizer's begin-of-sequence and end-of-sequence tokens.
+        options: what the run's entry says about turns.
 
     Raises:
         ValueError: if the row can't be read or rendered.
@@ -96,7 +101,7 @@ def sequences_of(row: Row, mode: Mode, render: Renderer | None, tokenizer: Any) 
     else:
         responses = [(row[field], field, True) for field in fields]
         texts = []
-        for field, found in zip(fields, examples(row, responses, OPTIONS), strict=True):
+        for field, found in zip(fields, examples(row, responses, options), strict=True):
             if isinstance(found, Drop):
                 raise ValueError(f"`{field}`: {FAULTS.get(found, found.value)}")
             texts.append(render(found))

@@ -71,12 +71,12 @@ def score_run(
     beta = read_beta(run) if beta is None else beta
     mode, rows = read_rows(eval_data)
     policy = load_policy(saved, base_model, reference, dtype)
-    render = None if plain else run_renderer(run, policy.tokenizer)
+    render, options = run_renderer(run, policy.tokenizer, plain)
     sequences = []
     labels = []
     for number, row in enumerate(rows, start=1):
         try:
-            found = sequences_of(row, mode, render, policy.tokenizer)
+            found = sequences_of(row, mode, render, policy.tokenizer, options)
         except ValueError as error:
             raise ValueError(f"{eval_data}, row {number}: {error}") from None
         if max_tokens and max(len(s.prompt) + len(s.completion) for s in found) > max_tokens:
@@ -116,15 +116,21 @@ def score_run(
     )
 
 
-def run_renderer(run: Path, tokenizer: Any) -> Renderer:
-    """What renders rows as the run's training did.
+def run_renderer(
+    run: Path, tokenizer: Any, plain: bool = False
+) -> tuple[Renderer | None, ConversationOptions]:
+    """What renders rows as the run's training did (None for plain text), and what its entry says
+    about turns.
 
     Raises ValueError if neither the run nor its tokenizer says by which chat template.
     """
-    cfg = read_rendering(run)
-    if cfg is None and not tokenizer.chat_template:
+    cfg = read_rendering(run) or {}
+    options = ConversationOptions(**cfg.get("options", {}))
+    if plain:
+        return None, options
+    if not cfg and not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; use --plain for rows of plain text")
-    return Renderer(cfg or {}, ConversationOptions(), tokenizer)
+    return Renderer(cfg, ConversationOptions(), tokenizer), options
 
 
 def find_model(run: Path) -> Path:

@@ -1,5 +1,7 @@
 """Pairs through the host's own loading: which turns are trained, and what is refused or dropped."""
 
+import json
+
 import pytest
 from data_helpers import write_rows
 from transformers import AutoTokenizer
@@ -21,7 +23,9 @@ def load(config, model_dir, tmp_path):
     """``load(rows, **entry)``: the texts of the ids that a paired run trains."""
 
     def run(rows, mode="paired", **entry):
-        path = write_rows(tmp_path / "rows.jsonl", rows)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        path = write_rows(folder / "rows.jsonl", rows)
         entry = {"path": path, "type": "chat_template.default"} | entry
         cfg = config([entry], "smollm2", aot_mode=mode, chat_template="chatml")
         tokenizer = AutoTokenizer.from_pretrained(model_dir("smollm2"))
@@ -48,6 +52,12 @@ SPLIT = (LONGER, "Blue.<|im_end|>", "Pink.<|im_end|>")
         {"messages": [USER, RED, MORE], "chosen": "Blue.", "rejected": "Pink."},
         {"messages": [USER, RED, MORE, BLUE], "chosen": BLUE, "rejected": PINK},
         {"prompt": [USER, RED, MORE], "chosen": BLUE, "rejected": PINK},
+        # A list of turns that says the end of the prompt again, and one that says all of it.
+        {"messages": [USER, RED, MORE], "chosen": [MORE, BLUE], "rejected": [MORE, PINK]},
+        {"messages": [USER], "chosen": [USER, RED, MORE, BLUE], "rejected": [RED, MORE, PINK]},
+        # Conversations as JSON, and rows of which others have the other column.
+        {"messages": json.dumps([USER, RED, MORE]), "chosen": BLUE, "rejected": json.dumps([PINK])},
+        {"messages": None, "prompt": [USER, RED, MORE], "chosen": BLUE, "rejected": PINK},
         {
             "messages": [USER, RED, MORE],
             "prompt": "not looked at",
@@ -139,7 +149,43 @@ def test_reasoning_that_the_template_leaves_out_is_named(load, caplog):
     assert load([{"messages": [USER], "chosen": thought, "rejected": PINK}]) == [
         (PROMPT, "Blue.<|im_end|>", "Pink.<|im_end|>")
     ]
-    assert "leaves out reasoning_content in 1 answers" in caplog.text
+    assert "leaves out `reasoning_content` in 1 answers" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["reasoning", "thinking", "function_call"])
+def test_parts_of_an_answer_under_other_names_are_named(name, load, caplog):
+    assert load([{"messages": [USER], "chosen": BLUE | {name: "hm"}, "rejected": PINK}])
+    assert f"the chat template leaves out `{name}` in 1 answers" in caplog.text
+
+
+def test_another_prompt_beside_whole_conversations_is_named(load, caplog):
+    row = {"messages": [MORE], "chosen": [USER, RED], "rejected": [USER, BLUE]}
+    assert load([row]) == [(PROMPT, "Red.<|im_end|>", "Blue.<|im_end|>")]
+    assert "not the row's own prompt, which differs, in 2 answers" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_an_answer_that_looks_like_a_transcript(mode, load):
+    """Beside a prompt it is an answer; alone it is a conversation (hh-rlhf)."""
+    text = "\n\nHuman: Name a colour.\n\nAssistant: Red."
+    if mode == "paired":
+        rows = [{"prompt": "Write.", "chosen": text, "rejected": "No."}]
+        alone = [{"chosen": text, "rejected": text.replace("Red", "Blue")}]
+    else:
+        rows = [{"prompt": "Write.", "completion": text, "label": n == 0} for n in range(2)]
+        alone = [
+            {"completion": text.replace("Red", w), "label": w == "Red"} for w in ("Red", "Blue")
+        ]
+    asked = PROMPT.replace("Name a colour.", "Write.")
+    found = load(rows, mode)
+    assert all(row[:2] == (asked, f"{text}<|im_end|>") for row in found) and found
+    assert {row[0] for row in load(alone, mode)} == {PROMPT}
+
+
+def test_misspelt_keys_of_a_user_defined_type(load):
+    for mode, key in (("paired", "feild_chosen"), ("unpaired", "field_lable")):
+        with pytest.raises(ValueError, match=rf"`datasets\[0\].type.{key}` is not a key of a user"):
+            load([TEXT], mode, type={"field_prompt": "prompt", key: "x"})
 
 
 TEXT = {"prompt": "Name a colour.", "question": "Name a colour.", "instruction": "Name a colour."}

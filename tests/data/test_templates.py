@@ -75,6 +75,13 @@ def rows(turns, completion, tools=None):
     yield "paired", 1, {"messages": turns, "chosen": other, "rejected": completion} | given
 
 
+def as_json(turns):
+    """The turns with the arguments of the one call as JSON."""
+    inner = CALL["function"] | {"arguments": '{"city": "Rome"}'}
+    text = [CALL | {"function": inner}]
+    return [turn | {"tool_calls": text} if "tool_calls" in turn else turn for turn in turns]
+
+
 def rendering(tokenizer, template, turns, completion, tools, **kwargs):
     """Ids of the prompt as it is served, and texts of prompt and whole conversation; None if the
     template refuses them."""
@@ -82,6 +89,11 @@ def rendering(tokenizer, template, turns, completion, tools, **kwargs):
     if tools:
         given["tools"] = tools
     try:
+        if any(isinstance(turn.get("tool_calls"), list) for turn in [*turns, completion]):
+            try:
+                tokenizer.apply_chat_template([*turns, completion], tokenize=False, **given)
+            except TypeError:  # a template that takes arguments as JSON only
+                turns, completion = as_json(turns), as_json([completion])[0]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **given)
         texts = [
             tokenizer.apply_chat_template(
@@ -159,9 +171,14 @@ def test_reasoning_and_tools(template, tokenizer):
     result = {"role": "tool", "content": "21", "tool_call_id": "abcdefghi", "name": "weather"}
     for turns, last in (([USER], called), ([USER, called, result], answer)):
         outcome = check(tokenizer, template, turns, last, TOOLS)
+        written = rows(as_json(turns), as_json([last])[0], TOOLS)
+        for one, other in zip(rows(turns, last, TOOLS), written, strict=True):
+            # OpenAI's form, arguments as JSON, is the same row.
+            assert trained(one[0], template, one[2], tokenizer) == trained(
+                one[0], template, other[2], tokenizer
+            )
         expected = rendering(tokenizer, template, turns, last, TOOLS)
-        if expected is None or "Rome" not in expected[2]:
-            assert outcome == "refused"
+        assert (outcome == "refused") == (expected is None or "Rome" not in expected[2])
 
 
 @pytest.mark.parametrize("template", ["qwen3", "qwen3_5"])

@@ -32,7 +32,6 @@ def test_kinds(row, mode, tmp_path):
         ([PAIR, "{"], r"rows.jsonl, line 2: not JSON"),
         (["[1]"], r"line 1: not an object"),
         ([{"prompt": "p", "chosen": "c"}], r"line 1: found keys \['chosen', 'prompt'\]"),
-        ([PAIR | {"messages": []}], r"line 1: found keys"),
         ([SINGLE | {"label": "yes"}], r"line 1: found keys"),
         ([PAIR, SINGLE], r"line 2: paired and unpaired rows"),
         ([], r"rows.jsonl: no rows"),
@@ -46,6 +45,23 @@ def test_bad_files_are_explained(rows, message, tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
     return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def test_lines_end_with_line_breaks_only(tmp_path):
+    """Unicode has more ends of lines, which JSON may hold as they are."""
+    row = PAIR | {"chosen": "a\u2028b\u0085c"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_rows(path) == ("paired", [row])
+
+
+def test_the_run_s_options(tokenizer):
+    options = ConversationOptions(system_prompt="Be short.", roles={"assistant": ["bot"]})
+    render = Renderer({}, options, tokenizer)
+    row = PAIR | {"chosen": {"role": "bot", "content": "c"}}
+    sequence, _ = sequences_of(row, "paired", render, tokenizer, options)
+    assert "Be short." in tokenizer.decode(sequence.prompt)
+    assert tokenizer.decode(sequence.completion) == "c<|im_end|>"
 
 
 def texts(tokenizer, row, mode, cfg=None, plain=False):
