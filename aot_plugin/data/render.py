@@ -132,9 +132,9 @@ class Renderer:
     def _compared(self, example: Example, prompt: str, whole: str) -> str:
         """The completion where the prompt is no prefix of the whole."""
         header = _common_prefix(*self._probed(example))
-        if header == whole:  # a call, beside which this template writes no content
+        if example.completion.get(CALLS):  # which may stand before the content
             plain = {"role": example.completion["role"], "content": PROBES[0]}
-            header = _common_prefix(whole, self._apply([*example.prompt, plain], example.tools))
+            header = _common_prefix(header, self._apply([*example.prompt, plain], example.tools))
         answered = len(header) if whole.startswith(header) else None
         completion = _closed(prompt, whole, answered)
         if completion is not None:
