@@ -81,7 +81,9 @@ def validated(tiny_model: Path, tmp_path: Path) -> Any:
 def test_a_dpo_example_validates_as_paired(name: str, validated: Any) -> None:
     cfg = validated(rl="aot", aot_mode="paired", **EXAMPLES[name])
     assert cfg.trainer_cls == "aot_plugin.trainer.AOTPairedTrainer"
-    assert cfg.datasets[0]["type"] == EXAMPLES[name]["datasets"][0]["type"]
+    kind = cfg.datasets[0]["type"]
+    resolved = (cfg.aot_datasets or {}).get(kind.removeprefix("aot_plugin.paired_"))
+    assert (resolved["strategy"] if resolved else kind) == EXAMPLES[name]["datasets"][0]["type"]
 
 
 def test_a_kto_example_says_all_that_is_to_change(validated: Any) -> None:
