@@ -167,6 +167,13 @@ class AOTTrainerMixin(Trainer):
     def _refuse_what_is_not_exact(self) -> None:
         if self._is_vision_dataset:
             raise ValueError("`rl: aot` trains on text; the data set has an image column")
+        # Of a fresh adapter, whose output is 0, no score would show it.
+        dropout = (n for n, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p)
+        if self.args.aot_batch == "step" and (name := next(dropout, None)):
+            raise ValueError(
+                f"the network is random: the dropout {name!r} is on, and the scores of a step and "
+                "its gradient would come from two different networks; set it to 0"
+            )
         if self.aux_loss_enabled:
             raise ValueError(
                 f"the mixture-of-experts auxiliary loss (coefficient {self.router_aux_loss_coef}) "
