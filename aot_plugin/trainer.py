@@ -56,6 +56,7 @@ from .layout import Layouts, settle_layouts
 from .logps import sequence_logps, weighted_logps_sum
 from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
 from .nodes import EachNodeWrites, let_each_node_save
+from .provenance import digest
 from .reference import Identity, identify, reference_file, refuse_unlike_rows, rows_digest
 from .registry import lookup
 from .repeats import DISTINCT_KEY, distinct_rows, refuse_uneven_ranks
@@ -231,6 +232,12 @@ class AOTTrainerMixin(Trainer):
         file, is_there = reference_file(Path(self.args.aot_reference_folder), identity)
         if is_there:
             LOG.info("the %s dataset's reference log-probabilities are read: %s", name, file)
+
+        # `datasets` finds what it has made of a dataset by its fingerprint, and TRL's for the new
+        # columns knows rows and weights only: it may name what belongs to another reference.
+        if dataset._indices is not None:
+            dataset = dataset.flatten_indices()
+        dataset._fingerprint = digest([dataset._fingerprint, file.name])[:16]
 
         def path(fingerprint: str) -> str:
             del dataset._get_cache_file_path  # whatever else is cached has a file of its own
