@@ -64,6 +64,7 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
         naming_the_row(cfg),
         _replaced(rl, "load_dataset_with_config", partial(_load_taken, cfg)),
         _replaced(rl, "create_train_validation_split", _hold_out),
+        _replaced(rl, "save_preprocessed_dataset", _save_rows),
         _replaced(common, "check_dataset_labels", _show_labels),
     ):
         counts = row_counts(cfg) if is_main_process() else {}
@@ -78,12 +79,7 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
         meta.train_dataset = _without_identical(meta.train_dataset, "train")
         if meta.eval_dataset is not None:
             meta.eval_dataset = _without_identical(meta.eval_dataset, "test")
-    if not len(meta.train_dataset):
-        raise ValueError(
-            "`datasets`: no rows are left to train on; they are empty, or every row was dropped: "
-            "the table above says why (`too long`: longer than `sequence_len: "
-            f"{cfg['sequence_len']}`)"
-        )
+    _refuse_empty(meta.train_dataset, cfg, "train")
     if unpaired:
         positive, negative = check_labels(meta.train_dataset)
         LOG.info("training on %d positive and %d negative rows", positive, negative)
@@ -210,6 +206,25 @@ def _hold_out(
             f"`val_set_size: {size:g}` leaves none of {len(dataset)} rows to train on; write fewer"
         )
     return split(dataset, cfg, size if size < 1 else number)
+
+
+def _refuse_empty(dataset: Dataset, cfg: Any, split: str) -> None:
+    """Raises BadRow if a split has no rows."""
+    if not len(dataset):
+        purpose = "train on" if split == "train" else "evaluate on"
+        raise BadRow(
+            f"`{SPLITS[split]}`: no rows are left to {purpose}; they are empty, or every row was "
+            "dropped: the table above says why (`too long`: longer than `sequence_len: "
+            f"{cfg['sequence_len']}`)"
+        )
+
+
+def _save_rows(
+    save: Callable[..., Any], cfg: Any, dataset: Dataset, digest: str, split: str
+) -> None:
+    """Not if there are none: the host could not read them again, and would not say why."""
+    _refuse_empty(dataset, cfg, split)
+    save(cfg, dataset, digest, split)
 
 
 def _show_labels(

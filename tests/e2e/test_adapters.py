@@ -62,6 +62,10 @@ class Runner:
     def scores(self, name: str, step: int) -> Scores:
         return Scores.load(self.folder / name / "aot" / f"scores-eval-step{step}.parquet")
 
+    def scores_of_evaluate(self, name: str) -> Scores:
+        """What ``axolotl evaluate`` has written."""
+        return Scores.load(self.folder / name / "aot" / "scores-evaluate-step0.parquet")
+
 
 @pytest.fixture
 def runner(tiny_model: Path, tmp_path: Path) -> Runner:
@@ -173,7 +177,7 @@ def test_the_life_of_a_run_on_an_adapter(runner: Runner, start: Path) -> None:
     path = write_config(runner.folder / "run.yml", runner.config("evaluated", **keys))
     with mock.patch.object(sys, "argv", ["evaluate"]):
         evaluate(config=str(path), lora_model_dir=str(out))
-    evaluated, ends = runner.scores("evaluated", 0), runner.scores("run", 4)
+    evaluated, ends = runner.scores_of_evaluate("evaluated"), runner.scores("run", 4)
     for reference in (False, True):
         np.testing.assert_allclose(logps(evaluated, reference), logps(ends, reference), atol=1e-3)
     # So it is by the report, from the rows as text.

@@ -218,8 +218,9 @@ def test_nothing_is_left_after_truncation(mode: str, strategy: str, load: Load) 
     rows = paired_rows(4) if mode == "paired" else unpaired_rows(4)
     for row in rows:
         row |= {"prompt": LONG} if mode == "unpaired" else {"messages": LONG}
-    with pytest.raises(ValueError, match=r"no rows are left|0 rows"):
-        load(rows, mode, excess_length_strategy=strategy)
+    for _ in range(2):  # what was prepared for the first run is no other error for the second
+        with pytest.raises(ValueError, match=r"no rows are left to train on"):
+            load(rows, mode, excess_length_strategy=strategy)
 
 
 @pytest.mark.parametrize(

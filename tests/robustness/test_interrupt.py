@@ -46,4 +46,4 @@ def test_an_interrupted_run_leaves_the_hosts_files(
     ours = interrupted(start, tiny_model, tmp_path / "ours", rl="aot", aot_mode=mode)
     theirs = interrupted(start, tiny_model, tmp_path / "theirs", rl=host)
     assert {"model.safetensors", "config.json", "checkpoint"} <= theirs
-    assert ours == theirs
+    assert ours - {"aot/rendering.json"} == theirs

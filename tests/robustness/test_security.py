@@ -8,7 +8,7 @@ import pytest
 
 import aot_plugin
 from aot_plugin.config import desugar
-from aot_plugin.data.host_schema import SCHEMAS
+from aot_plugin.data.host_schema import schema
 
 PACKAGE = Path(aot_plugin.__file__).parent
 
@@ -80,4 +80,5 @@ def test_code_of_a_model_or_data_set_is_run_only_where_the_user_says_so(mode: st
     entry = written["datasets"][0]
     assert not getattr(entry, "trust_remote_code", False)
     assert entry.path == "rows"
-    assert SCHEMAS[mode].model_fields["trust_remote_code"].default is False
+    for own_module in (True, False):
+        assert schema(mode, own_module).model_fields["trust_remote_code"].default is False
