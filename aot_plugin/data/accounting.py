@@ -19,6 +19,7 @@ from .labels import Drop
 from .options import parsed_options, plain
 from .render import Renderer
 from .strategy import Rendered, mode_of, rendered, rows_of, template_config
+from .tokens import same_ids
 
 BATCH = 1000
 SENTENCEPIECE_PREFIX = 1
@@ -130,12 +131,7 @@ def _without_identical(
     found: Sequence[tuple[int | None, Rendered | Drop]], tokenizer: Any
 ) -> Iterator[tuple[int | None, Rendered | Drop]]:
     """Pairs whose responses become the same tokens say nothing, whatever their texts are."""
-    texts = [row[1:] for _, row in found if not isinstance(row, Drop)]
-    ids = [
-        tokenizer(list(column), add_special_tokens=False)["input_ids"]
-        for column in zip(*texts, strict=True)
-    ]
-    same = iter([chosen == rejected for chosen, rejected in zip(*ids, strict=True)])
+    same = iter(same_ids([row[1:] for _, row in found if not isinstance(row, Drop)], tokenizer))
     for number, row in found:
         identical = not isinstance(row, Drop) and next(same)
         yield number, Drop.IDENTICAL if identical else row

@@ -67,14 +67,15 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
         _replaced(rl, "save_preprocessed_dataset", _save_rows),
         _replaced(common, "check_dataset_labels", _show_labels),
     ):
-        counts = row_counts(cfg) if is_main_process() else {}
+        tokenizer = load_tokenizer(cfg) if is_main_process() else None
+        counts = row_counts(cfg, tokenizer) if tokenizer is not None else {}
         # Before anything fails that sends the reader to them.
         _log_counts(list(chain(*counts.values())), cfg["aot_mode"])
         meta = load_preference_datasets(cfg=cfg, cli_args=_flags(preprocess))
     for path, stored in counts.items():
         _store(path, stored)
-    if is_main_process() and not preprocess:
-        save_rendering(cfg, load_tokenizer(cfg))
+    if tokenizer is not None and not preprocess:
+        save_rendering(cfg, tokenizer)
     if not unpaired:
         meta.train_dataset = _without_identical(meta.train_dataset, "train")
         if meta.eval_dataset is not None:
@@ -114,13 +115,12 @@ def _without_identical(dataset: Dataset, split: str) -> Dataset:
     return dataset.select((~same).nonzero()[0])
 
 
-def row_counts(cfg: Any) -> dict[Path, list[RowCounts]]:
+def row_counts(cfg: Any, tokenizer: Any) -> dict[Path, list[RowCounts]]:
     """The counts of every split's entries by the file that keeps them, stored or made anew.
 
     A split that was prepared without counts (by another process, or before they existed) is left
     out.
     """
-    tokenizer = load_tokenizer(cfg)
     # As the host does, rows of the training set are looked for in the evaluation set too.
     seen: set[int] | None = set() if cfg.dataset_exact_deduplication else None
     counts = {}

@@ -131,11 +131,21 @@ def outcomes(
     Raises:
         ValueError: naming dataset, row number if known, field, value and what is accepted.
     """
+    for _, found in _examples(rows, resolved, numbers):
+        yield from found
+
+
+def _examples(
+    rows: Iterable[Row], resolved: Mapping[str, Any], numbers: Iterable[int] | None
+) -> Iterator[tuple[int | None, list[Outcome]]]:
     strategy = strategies(mode_of(resolved))[resolved["strategy"]]
     options = parsed_options(resolved)
-    for number, row in _numbered(rows, numbers):
+    for number, row in zip(
+        itertools.repeat(None) if numbers is None else numbers, rows, strict=False
+    ):
         with _naming(resolved, number):
-            yield from strategy.examples(row, options)
+            found = list(strategy.examples(row, options))
+        yield number, found
 
 
 def rendered(
@@ -150,8 +160,7 @@ def rendered(
     Args and Raises: as ``outcomes``.
     """
     paired = mode_of(resolved) == "paired"
-    for number, row in _numbered(rows, numbers):
-        found = list(outcomes([row], resolved, None if number is None else [number]))
+    for number, found in _examples(rows, resolved, numbers):
         with _naming(resolved, number):
             for outcome in [_pair(found)] if paired else found:
                 if isinstance(outcome, Drop):
@@ -161,12 +170,6 @@ def rendered(
                 else:
                     (prompt, chosen), (_, rejected) = map(render, outcome)
                     yield number, (prompt, chosen, rejected)
-
-
-def _numbered(
-    rows: Iterable[Row], numbers: Iterable[int] | None
-) -> Iterator[tuple[int | None, Row]]:
-    return zip(itertools.repeat(None) if numbers is None else numbers, rows, strict=False)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ appended to a completion that ends in another end-of-turn token. So the trainer 
 are made here: of what our strategies render, by them; of text, when the trainer prepares it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset, Features, Value
@@ -82,6 +82,35 @@ def token_ids(
                 completion_ids = [*completion_ids, tokenizer.eos_token_id]
             found[-1].append(completion_ids)
     return found
+
+
+def same_ids(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[bool]:
+    """Of each pair of texts, whether both become the same ids, whatever they look like."""
+    normalize = _lossless(tokenizer)
+    alike = [n for n, (a, b) in enumerate(pairs) if not normalize or normalize(a) == normalize(b)]
+    same = [False] * len(pairs)
+    if alike:
+        ids = [
+            tokenizer([pairs[n][side] for n in alike], add_special_tokens=False)["input_ids"]
+            for side in range(2)
+        ]
+        for n, one, other in zip(alike, *ids, strict=True):
+            same[n] = one == other
+    return same
+
+
+def _lossless(tokenizer: Any) -> Callable[[str], str] | None:
+    """What is done to a text before it becomes ids that hold every byte of it; None where ids may
+    lose something (unknown characters, white space beside a token or in front)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or any(
+        t.lstrip or t.rstrip for t in tokenizer.added_tokens_decoder.values()
+    ):
+        return None
+    pieces = repr(backend.pre_tokenizer)
+    if "ByteLevel(add_prefix_space=False" not in pieces or "Removed" in pieces:
+        return None
+    return backend.normalizer.normalize_str if backend.normalizer else str
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:

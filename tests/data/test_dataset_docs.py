@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from axolotl.common.datasets import load_preference_datasets
+from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
 from data_helpers import write_rows
 
@@ -327,7 +328,7 @@ def test_unpaired_entries(config, tmp_path):
     names = [entry["path"] for entry in entries("unpaired")]
     cfg = config(localized("unpaired", tmp_path), skip_prepare_dataset=True)
     dataset = load_datasets(cfg).train_dataset
-    (counts,) = row_counts(cfg).values()
+    (counts,) = row_counts(cfg, load_tokenizer(cfg)).values()
     assert [(c.positive, c.negative) for c in counts] == [(1, 1)] * len(names)
     assert [c.dropped for c in counts] == [DROPPED.get(name, {}) for name in names]
     assert len(dataset) == 2 * len(names)

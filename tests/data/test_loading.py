@@ -7,6 +7,7 @@ import pytest
 import yaml
 from axolotl.cli.main import cli
 from axolotl.common.datasets import load_preference_datasets
+from axolotl.loaders import load_tokenizer
 from axolotl.utils.data.rl import _drop_long_sequences, _truncate_long_sequences_rl
 from axolotl.utils.schemas.enums import RLType
 from click.testing import CliRunner
@@ -102,7 +103,7 @@ def test_worker_processes_give_the_same_rows(config, entry):
     for workers in (0, 2):
         cfg = config([content], skip_prepare_dataset=True, dataset_num_proc=workers)
         datasets.append(load_datasets(cfg).train_dataset.to_list())
-        counts.append(*row_counts(cfg).values())
+        counts.append(*row_counts(cfg, load_tokenizer(cfg)).values())
     assert datasets[0] == datasets[1]
     assert counts[0] == counts[1]
     assert (counts[0][0].positive, counts[0][0].dropped) == (20, {"unlabeled": 20})

@@ -8,12 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import FAMILIES, write_rows
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoTokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from aot_plugin.data import prepare_tokens, resolve_unpaired_datasets
 from aot_plugin.data.loading import load_datasets
 from aot_plugin.data.strategy import transform_for
-from aot_plugin.data.tokens import features
+from aot_plugin.data.tokens import features, same_ids
 
 SYSTEM = {"role": "system", "content": "Answer in one word."}
 TURNS = [
@@ -375,3 +376,55 @@ def test_a_reasoning_block_that_the_generation_prompt_has_opened(model_dir):
     for last in (reasoned | {"reasoning_content": None}, CALLED):
         with pytest.raises(ValueError, match="contradict each other"):
             transform({"messages": [[ASKED, last]], "label": [True]}, tokenizer=tokenizer)
+
+
+ALIKE = [
+    ("Yes.", "Yes."),
+    ("Yes.", " Yes."),
+    ("Yes.", "Yes. "),
+    ("caf\u00e9", "cafe\u0301"),
+    ("\u4e00", "\u4e01"),
+    ("a <end>", "a<end>"),
+    ("Yes.", "No."),
+]
+
+
+def bytewise(prefix=False, normalizer=None, end=None):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: n for n, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if end is not None:
+        backend.add_special_tokens([end])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def wordwise():
+    backend = Tokenizer(models.WordLevel({"Yes": 0, "<unk>": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        bytewise(),
+        bytewise(prefix=True),
+        bytewise(normalizer=normalizers.NFC()),
+        bytewise(normalizer=normalizers.Strip()),
+        bytewise(end=AddedToken("<end>", lstrip=True)),
+        wordwise(),
+    ],
+    ids=["bytes", "prefix", "NFC", "strip", "lstrip", "words"],
+)
+def test_texts_that_become_the_same_ids(tokenizer):
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    assert same_ids(ALIKE, tokenizer) == [ids(a) == ids(b) for a, b in ALIKE]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_that_become_the_same_ids_of_a_family(family, model_dir):
+    test_texts_that_become_the_same_ids(AutoTokenizer.from_pretrained(model_dir(family)))
