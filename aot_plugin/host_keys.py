@@ -91,6 +91,8 @@ WITHOUT_EFFECT: dict[str, str] = {
         ),
         _PACKING,
     ),
+    "default_system_message": "no chat template of Axolotl has a place for it; write a system turn "
+    "in the rows, or `system_prompt` in the entry",
     "dataloader_drop_last": "the shorter last step of an epoch is as exact as the others",
     **dict.fromkeys(
         (

@@ -220,7 +220,7 @@ def config(model: Path, data: Path, output_dir: Path, **keys: Any) -> dict[str, 
         "bf16": False,
         "fp16": False,
         "seed": 1,
-        "dataset_num_proc": 1,
+        "dataset_num_proc": 0,  # any other number starts processes, which takes seconds
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
         **({"remove_unused_columns": False} if keys.get("rl") == "kto" else {}),

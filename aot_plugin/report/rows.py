@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.accounting import FAULTS
-from ..data.labels import Drop
+from ..data.labels import Drop, parse_label
 from ..data.options import ConversationOptions
 from ..data.render import Renderer
 from ..data.rows import examples
@@ -18,13 +18,9 @@ from .scores import Mode
 
 OPTIONS = ConversationOptions()
 
-_FIELDS: dict[Mode, tuple[str, str]] = {
-    "paired": ("chosen", "rejected"),
-    "unpaired": ("completion", "label"),
-}
 _SHAPES = (
-    "a row is {prompt|messages, chosen, rejected} or {prompt|messages, completion, label} "
-    "with a label of true or false; conversations as responses need no prompt"
+    "a row is {prompt|messages, chosen, rejected}, {prompt|messages, completion, label} or "
+    "{messages, label} with the answer for a last turn; conversations as responses need no prompt"
 )
 
 Row = Mapping[str, Any]
@@ -59,17 +55,32 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[Mode, list[Row]]:
         modes.add(mode)
         if len(modes) > 1:
             raise ValueError(f"{path}, line {number}: paired and unpaired rows in one file")
-        rows.append(row)
+        try:
+            rows.append(row if mode == "paired" else _labelled(row))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
     if not rows:
         raise ValueError(f"{path}: no rows")
     return modes.pop(), rows
 
 
 def _mode_of(row: Row) -> Mode | None:
-    for mode, fields in _FIELDS.items():
-        if all(field in row for field in fields):
-            return None if mode == "unpaired" and not isinstance(row["label"], bool) else mode
-    return None
+    if {"chosen", "rejected"} <= row.keys():
+        return "paired"
+    answered = "completion" in row or "messages" in row
+    return "unpaired" if answered and "label" in row else None
+
+
+def _labelled(row: Row) -> Row:
+    """The row with the label that its own states in any of the ways that training accepts.
+
+    Raises:
+        ValueError: if it states none.
+    """
+    label = parse_label(row["label"])
+    if isinstance(label, Drop):
+        raise ValueError(f"`label`: {row['label']!r} is no label")
+    return {**row, "label": label}
 
 
 def sequences_of(
@@ -89,9 +100,12 @@ def sequences_of(
     Raises:
         ValueError: if the row can't be read or rendered.
     """
-    fields = COMPLETIONS[mode]
+    fields: tuple[str, ...] = COMPLETIONS[mode]
+    prompted = mode == "paired" or "completion" in row
+    if not prompted and render is not None:
+        fields = ("messages",)
     if render is None:
-        values = [row.get("prompt"), *(row[field] for field in fields)]
+        values: list[Any] = [row.get("prompt"), *(row.get(field) for field in fields)]
         if not all(isinstance(value, str) for value in values):
             raise ValueError(f"plain rows need strings for prompt and {' and '.join(fields)}")
         texts = [(values[0], completion) for completion in values[1:]]
@@ -101,7 +115,7 @@ def sequences_of(
     else:
         responses = [(row[field], field, True) for field in fields]
         texts = []
-        for field, found in zip(fields, examples(row, responses, options), strict=True):
+        for field, found in zip(fields, examples(row, responses, options, prompted), strict=True):
             if isinstance(found, Drop):
                 raise ValueError(f"`{field}`: {FAULTS.get(found, found.value)}")
             texts.append(render(found))

@@ -32,7 +32,8 @@ def test_kinds(row, mode, tmp_path):
         ([PAIR, "{"], r"rows.jsonl, line 2: not JSON"),
         (["[1]"], r"line 1: not an object"),
         ([{"prompt": "p", "chosen": "c"}], r"line 1: found keys \['chosen', 'prompt'\]"),
-        ([SINGLE | {"label": "yes"}], r"line 1: found keys"),
+        ([SINGLE | {"label": "maybe"}], r"line 1: 'maybe' is not a label; accepted are true/false"),
+        ([SINGLE | {"label": None}], r"line 1: `label`: None is no label"),
         ([PAIR, SINGLE], r"line 2: paired and unpaired rows"),
         ([], r"rows.jsonl: no rows"),
     ],
@@ -119,3 +120,18 @@ def test_what_cannot_be_rendered_is_explained(tokenizer):
     bare = SimpleNamespace(chat_template=None)
     with pytest.raises(ValueError, match="no chat template; use --plain"):
         run_renderer(Path("nowhere"), bare)
+
+
+@pytest.mark.parametrize("label", [True, 1, "good", "1"])
+def test_labels_as_in_training(label, tmp_path):
+    mode, (row,) = read_rows(write(tmp_path, SINGLE | {"label": label}))
+    assert (mode, row["label"]) == ("unpaired", True)
+
+
+def test_the_answer_is_the_last_turn(tokenizer, tmp_path):
+    answer = {"role": "assistant", "content": "c"}
+    whole = {"messages": [*SINGLE["messages"], answer], "label": True}
+    mode, (row,) = read_rows(write(tmp_path, whole))
+    render = Renderer({}, ConversationOptions(), tokenizer)
+    expected = sequences_of(SINGLE, mode, render, tokenizer)
+    assert sequences_of(row, mode, render, tokenizer) == expected

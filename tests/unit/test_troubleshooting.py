@@ -21,7 +21,7 @@ def spoken() -> list[str]:
                 ]
                 found.append("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value.replace("%s", GAP).replace("%d", GAP))
+                found.append(node.value.replace("%s", GAP).replace("%d", GAP).replace("{}", GAP))
     return found
 
 
