@@ -17,7 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .reference import REFERENCE_ADAPTER
-from .report.saved_arguments import ARGUMENTS, find_arguments, start_adapter
+from .report.saved_arguments import (
+    ARGUMENTS,
+    check_start,
+    find_arguments,
+    start_adapter,
+    start_digest,
+)
 
 LOG = get_logger("axolotl.aot_plugin.adapters")
 
@@ -94,14 +100,17 @@ def _load(model: nn.Module, cfg: Any) -> PeftModel:
     return policy
 
 
-def refuse_another_start(checkpoint: str, start: str) -> None:
-    """A run that is resumed keeps its reference.
+def refuse_another_start(checkpoint: Path, arguments: Any) -> None:
+    """A run that is resumed keeps its reference, wherever that lies by now.
 
     Raises:
-        ValueError: if the run of the checkpoint began with another adapter than ``start``.
+        ValueError: if the run of the checkpoint began with another adapter than this one.
     """
-    before = start_adapter(Path(checkpoint)) or ""
-    if before != start:
+    before, start = start_adapter(checkpoint) or "", arguments.aot_start_adapter
+    if before and start:
+        check_start(checkpoint, start)
+    moved = start_digest(checkpoint) and start_digest(checkpoint) == arguments.aot_start_digest
+    if before != start and not moved:
         raise ValueError(
             f"the run of {checkpoint} began with "
             f"{f'`lora_model_dir: {before}`' if before else 'no `lora_model_dir`'}, which is its "
@@ -144,6 +153,7 @@ def settle_reference(policy: nn.Module, evaluating: bool) -> None:
             ARGUMENTS,
         )
     if start:
+        check_start(saved, start)
         policy.load_adapter(start, REFERENCE_ADAPTER, is_trainable=False)
         policy.set_adapter(POLICY_ADAPTER)
     LOG.info("the reference is the base model%s", f" with the adapter {start}" if start else "")

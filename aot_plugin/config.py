@@ -114,6 +114,7 @@ class AOTTrainingArgs(AOTOptions):
 
     aot_reference_folder: str = ""
     aot_start_adapter: str = ""
+    aot_start_digest: str = ""
 
 
 class _StrictInputArgs(AOTInputArgs):
@@ -196,6 +197,7 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
     from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 
     from .host_keys import FORWARDED
+    from .report.saved_arguments import weights_digest
 
     kwargs = {key: cfg[key] for key in vars(AOTOptions())}
     kwargs |= {key: cfg[key] for key in FORWARDED if cfg.get(key) is not None}
@@ -207,7 +209,8 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
     kwargs["aot_reference_folder"] = str(Path(prepared) / "aot_reference")
     # The host has a collator for it, in paired mode alone, that TRL's rows do not fit.
     kwargs["pad_to_multiple_of"] = cfg.get("pad_to_multiple_of")
-    kwargs["aot_start_adapter"] = start_adapter(cfg)
+    if start := start_adapter(cfg):
+        kwargs |= {"aot_start_adapter": start, "aot_start_digest": weights_digest(Path(start))}
     if cfg["aot_mode"] == "unpaired":
         # A TRL loss type that needs no KL term spares the KTO trainer a forward pass that our
         # loss would not look at.

@@ -193,7 +193,7 @@ class AOTTrainerMixin(Trainer):
             self._reference_is_settled = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        refuse_another_start(resume_from_checkpoint, self.args.aot_start_adapter)
+        refuse_another_start(Path(resume_from_checkpoint), self.args)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_dataset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickletools  # nosec B403
 import zipfile
 from collections.abc import Iterator
@@ -27,11 +28,41 @@ def find_arguments(run: Path) -> tuple[Path | None, list[Path]]:
 def start_adapter(run: Path) -> str | None:
     """The adapter that the training of ``run`` began with (`lora_model_dir`), the frozen copy of
     which was its reference; None if it was the base model, or if nothing says it."""
+    return _saved(run, "aot_start_adapter")
+
+
+def start_digest(run: Path) -> str | None:
+    """``weights_digest`` of that adapter as training began; None if nothing says it."""
+    return _saved(run, "aot_start_digest")
+
+
+def check_start(run: Path, adapter: str) -> None:
+    """Raises ValueError if an adapter is known not to be the one that the training of ``run``
+    began with, whatever it is called."""
+    before, now = start_digest(run), weights_digest(Path(adapter))
+    if before and now and before != now:
+        raise ValueError(
+            f"the training of {run} began with the adapter {start_adapter(run)}, which is its "
+            f"reference, and the weights in {adapter} are others than it had; a copy of it as it "
+            "was is needed"
+        )
+
+
+def weights_digest(adapter: Path) -> str:
+    """SHA-256 of an adapter's weights; "" if there is no such folder (a repository on the hub)."""
+    paths = [adapter / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _saved(run: Path, wanted: str) -> str | None:
     found, _ = find_arguments(run)
     if found is None:
         return None
-    items = saved_items(found)
-    return next((str(value) for name, value in items if name == "aot_start_adapter"), None) or None
+    return next((str(v) for name, v in saved_items(found) if name == wanted), None) or None
 
 
 def saved_items(path: Path) -> Iterator[tuple[str, float | str]]:

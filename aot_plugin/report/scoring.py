@@ -23,7 +23,13 @@ from ..data.rendering import read_rendering
 from .dominance import FloatArray
 from .rows import Sequence as TokenSequence
 from .rows import read_rows, sequences_of
-from .saved_arguments import checkpoints, find_arguments, saved_items, start_adapter
+from .saved_arguments import (
+    check_start,
+    checkpoints,
+    find_arguments,
+    saved_items,
+    start_adapter,
+)
 from .scores import Scores
 
 LOG = logging.getLogger(__name__)
@@ -208,6 +214,7 @@ def _load_start(
     model: Any, start: str, saved: Path
 ) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Loads the adapter that training began with; enters and leaves it."""
+    check_start(saved, start)
     try:
         model.load_adapter(start, "start")
     except (OSError, ValueError) as error:

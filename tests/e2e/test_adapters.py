@@ -1,6 +1,7 @@
 """Training on top of a saved adapter, and what runs with an adapter leave behind."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from harness import (
     write_rows,
 )
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from test_exact_step import assert_same
 
 from aot_plugin.report.scores import Scores
@@ -32,9 +34,13 @@ NEW = {"lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 ROWS = {"paired": paired_rows(24), "unpaired": unpaired_rows(24)}
 
 
-def merge(model: Path, adapter: Path, path: Path) -> Path:
-    import shutil
+def retrain(adapter: Path) -> None:
+    """Other weights under the same name."""
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: 2 * weight for name, weight in load_file(file).items()}, file)
 
+
+def merge(model: Path, adapter: Path, path: Path) -> Path:
     shutil.copytree(model, path)
     merged = PeftModel.from_pretrained(base_model(model), str(adapter)).merge_and_unload()
     merged.save_pretrained(path)
@@ -170,6 +176,12 @@ def test_the_life_of_a_run_on_an_adapter(runner: Runner, start: Path) -> None:
     assert_same(resumed, whole, tolerance=1e-5, steps=4)
     with pytest.raises(ValueError, match=f"began with `lora_model_dir: {re.escape(str(start))}`"):
         runner.train("other", max_steps=4, **NEW, resume_from_checkpoint=str(first))
+    moved = shutil.copytree(start, runner.folder / "moved")
+    keys_of_moved = keys | {"lora_model_dir": str(moved), "max_steps": 3, "save_steps": 3}
+    runner.train("resumed-moved", **keys_of_moved, resume_from_checkpoint=str(first))
+    retrain(moved)
+    with pytest.raises(ValueError, match=r"and the weights in .*moved are others than it had"):
+        runner.train("retrained", **keys_of_moved, resume_from_checkpoint=str(first))
     with pytest.raises(ValueError, match="would be written over"):
         runner.train("run", lora_model_dir=str(out))
 
