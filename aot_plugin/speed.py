@@ -80,10 +80,16 @@ def speed_features(trainer: Trainer, why_not_shared: str | None) -> str:
         alone = "`aot_batch: micro_batch` takes one pass anyway"
     elif args.gradient_accumulation_steps == 1:
         alone = "a step of one micro-batch takes one pass anyway"
+    why_not_held = alone or why_gradients_are_not_held(trainer)
+    held, steps = "held gradients", args.gradient_accumulation_steps
+    fit = 0 if why_not_held else gradients_that_fit(model)
+    if 0 < fit < steps:
+        held += f" of {fit} of {steps} micro-batches"
+    all_held = "the gradients of all micro-batches are held" if fit >= steps else None
     reasons = {
         "shared prompts": why_not_shared,
-        "held gradients": alone or why_gradients_are_not_held(trainer),
-        "kept graph": alone or why_graph_is_not_kept(trainer),
+        held: why_not_held,
+        "kept graph": alone or all_held or why_graph_is_not_kept(trainer),
         "chunked LM head": why_head_is_not_chunked(model.get_output_embeddings()),
     }
     return "; ".join(
