@@ -146,8 +146,15 @@ class Held:
         monkeypatch.setattr(speed, "HELD_SHARE", share)
 
 
+SAID = {
+    0: "held gradients off (the adapter is too large); kept graph on",
+    5: "held gradients of 5 of 16 micro-batches on; kept graph on",
+    16: "held gradients on; kept graph off (the gradients of all micro-batches are held)",
+}
+
+
 @pytest.mark.parametrize("mode", ["paired", "unpaired"])
-@pytest.mark.parametrize("fit", [0, 5, 16])
+@pytest.mark.parametrize("fit", SAID)
 def test_held_gradients(
     mode: str, fit: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +164,10 @@ def test_held_gradients(
     adapter = sum(p.nbytes for p in whole.parameters.values())
     base = sum(p.nbytes for p in load_file(tiny_model / "model.safetensors").values())
     held = Held(monkeypatch, (fit + 0.5) * adapter / (base + adapter))
+    said: list[str] = []
+    monkeypatch.setattr(trainer.LOG, "info", lambda text, *args: said.append(text % args))
     assert_same(cutter.run(1, 16), whole)
+    assert any(SAID[fit] in line for line in said), said
     assert (held.taken, held.used, held.most) == (5 * fit, 5 * fit, fit)
     assert_differs(cutter.run(2, 8, aot_batch="micro_batch"), whole)
 

@@ -46,6 +46,9 @@ CUTS = {
 }
 """(micro-batches, rows) of a rank in a full step, and of both ranks in the last one."""
 
+REFUSED = ("even_batches", "dispatch_batches")
+"""Keys of `accelerator_config` under which a step can't be whole on several ranks."""
+
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 LORA |= {"learning_rate": 0.01}
 
@@ -101,6 +104,11 @@ class Bench:
             make(f"{mode}-resumed", mode, 8, 1, resume_from_checkpoint=str(half_way))
             make(f"{mode}-micro_batch", mode, 4, 2, aot_batch="micro_batch")
             make(f"{mode}-not_finite", mode, *((4, 2) if mode == "paired" else (8, 1)))
+            split = {"accelerator_config": {"split_batches": True}}
+            make(f"{mode}-split", mode, 8, 2, **split)
+        for name in REFUSED:
+            refused = {name: name == "dispatch_batches"}
+            make(f"paired-{name}", "paired", 8, 1, accelerator_config=refused)
         make("paired-lora", "paired", 4, 2, **LORA)
         make("paired-on-adapter", "paired", 4, 2, **self.on_adapter)
         make("paired-precompute", "paired", 4, 2, precompute_ref_log_probs=True)
@@ -137,6 +145,8 @@ def bench(empty_bench: Bench) -> Bench:
         keys = {"fault": "not_finite"} if name.endswith("not_finite") else {}
         if name.endswith("repeats-count"):
             keys["repeats"] = "count"
+        if name.endswith(REFUSED):
+            keys["fails"] = "yes"
         jobs.append(job(cfg, **keys))
     code = torchrun(jobs, bench.work / "log", timeout=1200)
     assert code == 0, f"torchrun failed with {code}:\n{log(bench.work / 'log')[-8000:]}"
@@ -165,6 +175,20 @@ def test_two_ranks_train_as_one_process(
     assert problems == [2 * [full, full, of_rank] for of_rank in last]
     sorted_u, expected = (run.logged("aot/sorted_u") for run in (bench.run(f"{mode}-{cut}"), whole))
     assert sorted_u == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_micro_batches_that_accelerate_divides_among_the_ranks(
+    mode: str, bench: Bench, whole: Callable[[str], Run]
+) -> None:
+    assert_same(bench.run(f"{mode}-split"), whole(mode), tolerance=ROUNDING)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_t_be_whole_is_refused_on_every_rank(name: str, bench: Bench) -> None:
+    for rank in range(2):
+        trace = (bench.work / "ranks" / f"paired-{name}.rank{rank}.txt").read_text()
+        assert f"ValueError: `accelerator_config: {{{name}: " in trace
 
 
 @pytest.mark.parametrize("mode", MODES)
