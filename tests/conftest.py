@@ -28,11 +28,14 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 2-layer random Llama with SmolLM2's tokenizer and chat template."""
-    from harness import random_model
+    """A 2-layer random Llama with SmolLM2's chat template and a small tokenizer of its kind."""
+    from harness import WORDS, random_model
     from transformers import AutoTokenizer
 
+    # SmolLM2's own 49,152 tokens take longer to load, five times a run, than a run takes to train.
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    corpus = [tokenizer.chat_template, *(f"{w}, {w}. user assistant system" for w in WORDS)] * 10
+    tokenizer = tokenizer.train_new_from_iterator(corpus, 1024)
     model = random_model(tokenizer, max_position_embeddings=512, tie_word_embeddings=True)
     path = tmp_path_factory.mktemp("models") / "tiny"
     model.save_pretrained(path)

@@ -213,6 +213,8 @@ def test_two_processes_at_once(prepared: Any, tmp_path: Path) -> None:
     start, found = context.Barrier(2), context.Queue()
 
     def rank() -> None:
+        # A fork would name its temporary files as this process names those of later tests.
+        datasets.fingerprint.fingerprint_rng.seed()
         start.wait()
         cfg = prepared.cfg
         rows = PluginManager.get_instance().load_datasets(cfg).train_dataset.to_list()
