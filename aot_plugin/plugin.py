@@ -65,15 +65,14 @@ class AOTPlugin(BasePlugin):
         other files, are out of its way."""
         if not is_desugared(cfg) or not self._speaks():
             return None
-        from .data.freshness import fresh
+        from .data.freshness import load_fresh
         from .data.loading import load_datasets
         from .recovery import discard_half_prepared, set_aside_half_checkpoints
 
         if not preprocess:
             set_aside_half_checkpoints(cfg)
         discard_half_prepared(cfg, preprocess)
-        with fresh(cfg):
-            return load_datasets(cfg, preprocess)
+        return load_fresh(cfg, lambda: load_datasets(cfg, preprocess))
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Remembers the policy and the reference, which the host loads after it."""

@@ -6,6 +6,7 @@ file beside them says what they were made of, and a run that finds anything else
 whereupon the host prepares them anew.
 """
 
+import ast
 import contextlib
 import glob
 import hashlib
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,17 @@ from axolotl.utils.data.shared import generate_dataset_hash_from_config, get_pre
 from axolotl.utils.logging import get_logger
 from filelock import FileLock
 
+from .mixing import is_mixed
+
 LOG = get_logger("axolotl.aot_plugin.data")
 
 SETTINGS = (
     *("curriculum_sampling", "shuffle_merged_datasets", "shuffle_before_merging_datasets"),
-    "excess_length_strategy",
+    *("excess_length_strategy", "aot_mode"),
 )
 """Host keys that decide about the rows and their order, and are not in the host's name for them."""
+
+ATTEMPTS = 3
 
 TOKENIZER_FILES = (
     *("tokenizer*", "*.model", "*.tiktoken", "*tekken*", "vocab*", "merges.txt", "*.jinja"),
@@ -42,29 +47,45 @@ TOKENIZER_FILES = (
 """What a tokenizer is read from, in a local folder."""
 
 
-@contextlib.contextmanager
-def fresh(cfg: Any) -> Iterator[None]:
-    """Around the host's loading: stale rows are out of its way, and what the new ones are made of
-    is written down.
+def load_fresh[Loaded](cfg: Any, load: Callable[[], Loaded]) -> Loaded:
+    """What the host's loading returns, with stale rows out of its way. What the new ones are made
+    of is written down.
 
-    Every process may come at any time: what is here happens under the host's lock, and the one that
-    comes first does it. Files are hashed before the rows are read, so that an edit meanwhile makes
-    the next run prepare them again.
+    Processes may come at any time: what is here happens under the host's lock, and the first one
+    does it. The host takes the lock once more by itself, so another run with other settings may
+    come in between, and a file may be edited; both are seen afterwards.
+
+    Raises:
+        ValueError: if other runs go on to prepare other rows in the same folder.
     """
     if cfg.skip_prepare_dataset:
-        yield
-        return
-    name = load_tokenizer(cfg).name_or_path
-    # Another run may be writing there, and holds this lock.
-    with FileLock(str(FileLockLoader(cfg).lock_file_path)):
-        prepared = [
-            _keep_if_fresh(cfg, entries, name)
-            for entries in (cfg.datasets, cfg.test_datasets)
-            if entries
-        ]
-    # The cache of `datasets` knows a function of an importable module by its name alone.
+        with _without_cache(True):
+            return load()
+    tokenizer = load_tokenizer(cfg)
+    splits = [entries for entries in (cfg.datasets, cfg.test_datasets) if entries]
+
+    def under_lock(function: Callable[..., bool]) -> bool:
+        with FileLock(str(FileLockLoader(cfg).lock_file_path)):
+            return all([function(cfg, entries, tokenizer) for entries in splits])
+
+    for _ in range(ATTEMPTS):
+        prepared = under_lock(_keep_if_fresh)
+        with _without_cache(not prepared):
+            loaded = load()
+        if under_lock(_is_fresh):
+            return loaded
+        LOG.warning("the prepared rows have changed meanwhile, and are read again")
+    raise ValueError(
+        f"other runs prepare other rows in `dataset_prepared_path: {cfg.dataset_prepared_path}` at "
+        "the same time, or their files change; give each run a folder of its own"
+    )
+
+
+@contextlib.contextmanager
+def _without_cache(off: bool) -> Iterator[None]:
+    """The cache of `datasets` knows a function of an importable module by its name alone."""
     caching = datasets.is_caching_enabled()
-    if not all(prepared):
+    if off:
         datasets.disable_caching()
     try:
         yield
@@ -79,21 +100,32 @@ def sources_file(folder: Path) -> Path:
     return folder.with_name(f"aot_sources_{folder.name}.json")
 
 
-def _keep_if_fresh(cfg: Any, entries: list[Any], tokenizer: str) -> bool:
+def _folder(cfg: Any, entries: list[Any], tokenizer: Any) -> Path:
+    digest = generate_dataset_hash_from_config(cfg, entries, tokenizer.name_or_path)
+    return get_prepared_dataset_path(cfg, digest)
+
+
+def _is_fresh(cfg: Any, entries: list[Any], tokenizer: Any) -> bool:
+    """Whether what is written down about the rows of a split is what this config says."""
+    made_of = _written(sources_file(_folder(cfg, entries, tokenizer)))
+    files = sorted(set(_sources(cfg, entries)))
+    return made_of is not None and not _change(made_of, files, _settings(cfg, tokenizer))
+
+
+def _keep_if_fresh(cfg: Any, entries: list[Any], tokenizer: Any) -> bool:
     """Whether there are prepared rows of a split, which are fresh; stale ones are removed."""
-    folder = get_prepared_dataset_path(
-        cfg, generate_dataset_hash_from_config(cfg, entries, tokenizer)
-    )
-    files, settings = sorted(set(_sources(cfg, entries))), _settings(cfg)
+    folder = _folder(cfg, entries, tokenizer)
+    files, settings = sorted(set(_sources(cfg, entries))), _settings(cfg, tokenizer)
     made_of = _written(sources_file(folder))
-    there = any(folder.glob("*"))
-    if there:
-        change = _change(made_of, files, settings) if made_of else _newer(folder, files)
-        if change is None:
+    change = "nothing says what they were made of"
+    if made_of is not None:
+        change = _change(made_of, files, settings)
+    if any(folder.glob("*")):
+        if not change:
             return True
         LOG.warning("%s: the rows in %s are prepared anew", change, folder)
         shutil.rmtree(folder, ignore_errors=True)
-    if made_of is None or _change(made_of, files, settings):
+    if change:
         stamps = {str(path): {**_times(path), "sha256": _digest(path)} for path in files}
         # A killed run must not leave half of it.
         temporary = folder.with_name(f".{sources_file(folder).name}.{os.getpid()}")
@@ -109,31 +141,22 @@ def _written(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _newer(folder: Path, files: list[Path]) -> str | None:
-    """For rows that Axolotl prepared alone, or an earlier release: the clock has to do."""
-    prepared = max(path.stat().st_mtime_ns for path in folder.glob("*"))
-    newer = next((path for path in files if path.stat().st_mtime_ns > prepared), None)
-    return f"{newer} is newer" if newer else None
-
-
-def _change(
-    made_of: Mapping[str, Any], files: list[Path], settings: Mapping[str, Any]
-) -> str | None:
-    """What is not as it was when the rows were prepared, for the log; None if all is."""
-    if made_of["settings"] != settings:
-        return ", ".join(
-            f"`{key}` was {made_of['settings'].get(key)!r} and is {value!r}"
-            for key, value in settings.items()
-            if made_of["settings"].get(key) != value
-        )
+def _change(made_of: Mapping[str, Any], files: list[Path], settings: Mapping[str, Any]) -> str:
+    """What is not as it was when the rows were prepared, for the log; empty if all is."""
     before: Mapping[str, Any] = made_of["files"]
     now = {str(path): path for path in files}
     if gone := before.keys() - now.keys():
         return f"{min(gone)} is gone"
     if new := now.keys() - before.keys():
         return f"{min(new)} is new"
-    return next(
-        (f"{name} has changed" for name, path in now.items() if not _is(path, before[name])), None
+    changed = (f"{name} has changed" for name, path in now.items() if not _is(path, before[name]))
+    if file := next(changed, None):
+        return file
+    old: Mapping[str, Any] = made_of["settings"]
+    return ", ".join(
+        f"{key} has changed" if " " in key else f"`{key}` was {old.get(key)!r} and is {value!r}"
+        for key, value in settings.items()
+        if old.get(key) != value
     )
 
 
@@ -154,15 +177,40 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _settings(cfg: Any) -> dict[str, Any]:
+def _settings(cfg: Any, tokenizer: Any) -> dict[str, Any]:
+    """What decides about the rows beside files; names with a blank are no keys."""
+    entries = [*(cfg.datasets or []), *(cfg.test_datasets or [])]
+    own = sorted(Path(__file__).parent.glob("*.py"))  # another release renders otherwise
     settings = {key: cfg[key] or None for key in SETTINGS}
-    return settings | {"axolotl": version("axolotl")}
+    # Which rows are taken, or held out, depends on it; else the trainer draws the order anew.
+    decides = any(map(is_mixed, entries)) or bool(cfg.val_set_size)
+    return settings | {
+        "seed": cfg.seed if decides else None,
+        "axolotl": version("axolotl"),
+        "the code of aot-plugin": _hash(map(_digest, own)),
+        "the order of `datasets`": [str(entry["path"]) for entry in entries],
+        "the tokenizer as it is loaded (`tokens`, `special_tokens`, revision)": _hash(
+            _behaviour(tokenizer)
+        ),
+    }
+
+
+def _behaviour(tokenizer: Any) -> Iterator[str]:
+    """All that a tokenizer's ids and renderings depend on."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    yield json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    yield repr(sorted(tokenizer.special_tokens_map.items()))
+    yield repr(sorted(tokenizer.added_tokens_decoder.items()))
+    yield repr(tokenizer.chat_template)
+
+
+def _hash(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def _sources(cfg: Any, entries: Iterable[Any]) -> Iterator[Path]:
     """The local files that the prepared rows of some entries are made of."""
     yield from _folder_files(Path(cfg.tokenizer_config or cfg.base_model), TOKENIZER_FILES)
-    yield from Path(__file__).parent.glob("*.py")  # another release renders otherwise
     yield from _file(cfg.chat_template_jinja)
     options: Mapping[str, Any] = cfg.aot_datasets or {}
     for entry in entries:
@@ -208,14 +256,46 @@ def _file(text: str | None) -> Iterator[Path]:
 
 
 def _module(kind: str) -> Iterator[Path]:
-    """The module of a strategy, if it is a user's own and not an installed package's."""
+    """The code of a strategy that is not of the host or ours, with the user's own modules that it
+    imports."""
     from .strategy import strategies
 
-    name = kind.rpartition(".")[0]
+    names = {kind.rpartition(".")[0]}
     if kind in strategies():
-        name = strategies()[kind].options.__module__
+        strategy = strategies()[kind]
+        parts = (strategy.options, strategy.examples, strategy.arrange)
+        names = {part.__module__ for part in parts if part is not None}
+    seen: set[str] = set()
+    for name in names:
+        yield from _code(name, seen)
+
+
+def _code(name: str, seen: set[str], imported: bool = False) -> Iterator[Path]:
+    if not name or name in seen or name.partition(".")[0] in ("axolotl", "aot_plugin"):
+        return
+    seen.add(name)
+    spec = None
     with contextlib.suppress(ImportError, ValueError, AttributeError):
-        spec = importlib.util.find_spec(name) if name else None
-        installed = [sysconfig.get_path(which) for which in ("purelib", "platlib", "stdlib")]
-        if spec and spec.origin and not spec.origin.startswith(tuple(installed)):
-            yield from _file(spec.origin)
+        spec = importlib.util.find_spec(name)
+    file = Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+    if file is None or file.suffix != ".py":
+        return
+    if any(file.is_relative_to(sysconfig.get_path(which)) for which in ("purelib", "platlib")):
+        if not imported:  # what an installed strategy imports is left to releases
+            yield file
+        return
+    if file.is_relative_to(sysconfig.get_path("stdlib")):
+        return
+    yield file
+    assert spec is not None
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            dots = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(dots, spec.parent) if node.level else dots
+            modules = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for module in modules:
+            yield from _code(module, seen, imported=True)

@@ -139,13 +139,15 @@ def examples(
             is an answer other than a response of this row.
     """
     own = prompted and _prompt_field(row, options) is not None
-    judged = [
-        (
-            label if isinstance(label, Drop) else as_turns(value, "assistant", options, name, own),
-            label,
+    judged: list[tuple[list[Turn] | Drop, bool | Drop]] = []
+    for value, name, label in responses:
+        literal = own and not _serialized(value, row, options)
+        turns: list[Turn] | Drop = (
+            label
+            if isinstance(label, Drop)
+            else as_turns(value, "assistant", options, name, literal)
         )
-        for value, name, label in responses
-    ]
+        judged.append((turns, label))
     answers = [turns[-1] for turns, _ in judged if not isinstance(turns, Drop) and turns]
     for turns, label in judged:
         if isinstance(turns, Drop):
@@ -257,14 +259,14 @@ def as_turns(
 
     Args:
         field: the column, for messages.
-        literal: a string is no transcript, whatever it looks like.
+        literal: a string is the text of one turn, whatever it looks like.
 
     Raises:
         RowError: for any other value, or a role that the entry's ``roles`` do not map.
     """
     if value is None:
         return []
-    if isinstance(value, str):
+    if isinstance(value, str) and not literal:
         value = _turns_in_json(value, options) or value
     if isinstance(value, str):
         turns = [] if literal else _from_transcript(value)
@@ -277,6 +279,20 @@ def as_turns(
         raise RowError(f"{_short(value)} is neither text nor a list of turns")
     except RowError as error:
         raise RowError(f"`{field}`: {error}" if field else str(error)) from None
+
+
+def _serialized(value: Any, row: Row, options: ConversationOptions) -> bool:
+    """Whether a response beside the row's own prompt keeps its turns as JSON, and is no text about
+    such: the prompt does so too, or is one of these turns."""
+    turns = _turns_in_json(value, options) if isinstance(value, str) else None
+    if turns is None:
+        return False
+    prompt = cell(row, str(_prompt_field(row, options)))
+    if isinstance(prompt, str) and _turns_in_json(prompt, options):
+        return True
+    last = as_turns(prompt, "user", options)[-1:]
+    content = options.message_property_mappings["content"]
+    return bool(last) and any(last[0]["content"] == turn[content] for turn in turns)
 
 
 def _turns_in_json(text: str, options: ConversationOptions) -> list[Any] | None:

@@ -75,6 +75,20 @@ def test_the_bare_name_of_the_type(load):
     assert load([row], type="chat_template") == [SPLIT]
 
 
+def test_an_answer_about_turns_is_text(load):
+    """JSON counts as turns where the prompt is JSON, too, or among them."""
+    turns = json.dumps([{"role": "assistant", "content": "Hello"}])
+    told = json.dumps([USER, {"role": "assistant", "content": "Hello"}])
+    rows = [
+        {"messages": [USER], "chosen": turns, "rejected": "Red."},
+        {"prompt": USER["content"], "chosen": turns, "rejected": "Red."},
+        {"prompt": USER["content"], "chosen": told, "rejected": json.dumps([USER, RED])},
+        {"prompt": "Write JSON.", "chosen": told, "rejected": "No."},
+    ]
+    chosen = [found[1].removesuffix("<|im_end|>") for found in (load([row])[0] for row in rows)]
+    assert chosen == [turns, turns, "Hello", told]
+
+
 def test_one_letter_answers(load):
     rows = [{"messages": [USER], "chosen": one, "rejected": two} for one, two in ("ed", "me", "dm")]
     expected = [(PROMPT, f"{one}<|im_end|>", f"{two}<|im_end|>") for one, two in ("ed", "me", "dm")]

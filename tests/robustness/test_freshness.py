@@ -1,8 +1,11 @@
 """Prepared rows whose sources have changed are prepared anew, and only those."""
 
+import importlib
 import json
 import multiprocessing
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ from datasets import Dataset
 from harness import config, paired_rows, unpaired_rows, write_config, write_rows
 from transformers import AutoTokenizer
 
-from aot_plugin.data.freshness import _rows, sources_file
-from aot_plugin.data.loading import COUNTS_FILE
+from aot_plugin.data.freshness import _module, _rows, load_fresh, sources_file
+from aot_plugin.data.loading import COUNTS_FILE, load_datasets
+from aot_plugin.data.options import ConversationOptions
+from aot_plugin.data.rows import PromptStrategy
 
 TOLD = "prepared anew"
 
@@ -159,9 +164,6 @@ def test_a_strategy_of_the_users_own(
     prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`datasets` finds its cached rows by the name of a function, whatever the function does."""
-    import importlib
-    import sys
-
     module = tmp_path / "aot_test_strategy.py"
     module.write_text(STRATEGY)
     monkeypatch.syspath_prepend(tmp_path)
@@ -174,6 +176,28 @@ def test_a_strategy_of_the_users_own(
     importlib.invalidate_caches()
     assert prepared(datasets=[entry])[0]["chosen"] == "oui!"
     assert "aot_test_strategy.py has changed" in prepared.told[0]
+    # So is what it imports; and where nothing is prepared, nothing is taken from before either.
+    helper = tmp_path / "aot_test_helper.py"
+    helper.write_text('SUFFIX = "si"')
+    edit(module, 'SUFFIX = "oui!"', "from aot_test_helper import SUFFIX")
+    for keys in ({}, {"skip_prepare_dataset": True}):
+        for word in ("si", "da", "ja"):
+            helper.write_text(f'SUFFIX = "{word}"')
+            for name in ("aot_test_strategy", "aot_test_helper"):
+                sys.modules.pop(name, None)
+            importlib.invalidate_caches()
+            shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+            assert prepared(datasets=[entry], **keys)[0]["chosen"] == word
+
+
+def test_the_code_of_a_registered_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options may be a class of ours."""
+    (tmp_path / "aot_test_votes.py").write_text("def votes(row, options):\n    return []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    votes = importlib.import_module("aot_test_votes").votes
+    found = {"votes": PromptStrategy(ConversationOptions, votes)}
+    monkeypatch.setattr("aot_plugin.data.strategy.strategies", lambda: found)
+    assert list(_module("votes")) == [tmp_path / "aot_test_votes.py"]
 
 
 def test_keys_that_the_hosts_name_leaves_out(prepared: Any, tmp_path: Path) -> None:
@@ -184,14 +208,73 @@ def test_keys_that_the_hosts_name_leaves_out(prepared: Any, tmp_path: Path) -> N
     assert "`curriculum_sampling` was None and is True" in prepared.told[0]
 
 
-def test_rows_that_were_prepared_without_us_go_by_the_clock(prepared: Any, tmp_path: Path) -> None:
+def test_a_token_that_is_added(prepared: Any, tmp_path: Path) -> None:
+    """`tokens` is no file, and not in the host's name for the rows, which hold ids."""
+    rows = [row | {"chosen": "<tool_a> apple"} for row in paired_rows(12)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    keys = {"lora_modules_to_save": ["embed_tokens", "lm_head"]}
+    before = prepared(**keys)
+    after = prepared(tokens=["<tool_a>"], **keys)
+    lengths = [{len(row["template_chosen_ids"]) for row in rows} for rows in (before, after)]
+    assert max(lengths[1]) < min(lengths[0])
+    assert "the tokenizer as it is loaded (`tokens`" in prepared.told[0]
+
+
+def test_entries_in_another_order(prepared: Any, tmp_path: Path) -> None:
+    paths = [write_rows(tmp_path / f"{n}.jsonl", paired_rows(4, seed=n)) for n in range(2)]
+    entries = [{"path": str(path), "type": "chat_template.default"} for path in paths]
+    one, other = (
+        prepared(datasets=some, curriculum_sampling=True) for some in (entries, entries[::-1])
+    )
+    assert one[:4] == other[4:] and one[4:] == other[:4]
+    assert "the order of `datasets` has changed" in prepared.told[0]
+
+
+def test_a_seed_that_decides_about_rows(prepared: Any, tmp_path: Path) -> None:
+    rows_file(tmp_path)
+    assert prepared(seed=1) == prepared(seed=2)
+    held_out = [prepared(seed=seed, val_set_size=4) for seed in (1, 2, 1)]
+    assert held_out[0] == held_out[2] != held_out[1]
+
+
+def test_the_same_type_in_another_mode(prepared: Any, tmp_path: Path) -> None:
+    """Axolotl's own types have one name for both, and the host one folder."""
+    row = {"system": "", "question": "q", "completion": "c", "label": True}
+    rows = [row | {"chosen": f"y{n}", "rejected": "n", "label": n % 2 == 0} for n in range(4)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    datasets = [{"path": str(path), "ds_type": "json", "split": "train", "type": "chatml.intel"}]
+    assert "chosen" in prepared(datasets=datasets)[0]
+    unpaired = prepared(datasets=datasets, aot_mode="unpaired")
+    assert unpaired[0]["completion"] == "c<|im_end|>"
+
+
+def test_rows_that_were_prepared_without_us(prepared: Any, tmp_path: Path) -> None:
     rows_file(tmp_path)
     before = prepared()
     sources_file(folder(prepared)).unlink()
-    assert prepared() == before and prepared.told == []
-    rows_file(tmp_path, seed=1)
-    assert prepared() != before
-    assert "rows.jsonl is newer" in prepared.told[0]
+    assert prepared() == before
+    assert "nothing says what they were made of" in prepared.told[0]
+
+
+def test_another_run_in_between(prepared: Any, tmp_path: Path) -> None:
+    """The other run comes after this one has looked at the folder, and before it loads."""
+    rows_file(tmp_path)
+    in_order = prepared(curriculum_sampling=True)
+    ours = prepared.cfg
+    shuffled = prepared()
+    calls = []
+
+    def load() -> list[dict[str, Any]]:
+        calls.append(1)
+        if len(calls) == 1:
+            assert prepared() == shuffled
+        return load_datasets(ours).train_dataset.to_list()
+
+    assert load_fresh(ours, load) == in_order
+    assert len(calls) == 2
+
+    with pytest.raises(ValueError, match="give each run a folder of its own"):
+        load_fresh(ours, lambda: prepared())
 
 
 def test_preprocess_and_then_train(prepared: Any, tmp_path: Path) -> None:
