@@ -134,10 +134,20 @@ def _refuse_swallowed_flags() -> None:
     # `axolotl train x.yml --aot-mode unpaired` never reaches the config: the host's command line
     # knows the keys of its core schema only, and takes any other flag for the launcher's.
     program = os.path.basename(sys.argv[0])
+    if program != "axolotl":
+        return
     flags = [arg for arg in sys.argv[1:] if arg.startswith(("--aot-", "--aot_"))]
-    if program == "axolotl" and flags:
+    if flags:
         raise ValueError(
             f"`axolotl` does not pass `{flags[0]}` on to the config: write the key in the YAML, "
             "or run `python -m axolotl.cli.train config.yml "
             f"{flags[0].split('=')[0].replace('-', '_').replace('__', '--', 1)}=...`"
         )
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    for flag in (arg.split("=")[0] for arg in own if arg.startswith("--") and "_" in arg):
+        if flag.removeprefix("--") in AxolotlInputConfig.model_fields:
+            raise ValueError(
+                f"`axolotl` does not pass `{flag}` on to the config: write `{flag.replace('_', '-')}`"
+            )

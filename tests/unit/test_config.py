@@ -171,6 +171,13 @@ def test_a_flag_that_the_hosts_command_swallows_is_refused(
     monkeypatch.setattr(sys, "argv", ["/bin/axolotl", "train", "x.yml", "--aot-mode", "unpaired"])
     with pytest.raises(ValueError, match=r"--aot-mode.*python -m axolotl.cli.train"):
         AOTPlugin().register(aot())
+    argv = ["/bin/axolotl", "train", "x.yml", "--rl_beta=0.5"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(ValueError, match=r"does not pass `--rl_beta` .*: write `--rl-beta`"):
+        AOTPlugin().register(aot())
+    for fine in ("--rl-beta=0.5", "--num_processes=2"):
+        monkeypatch.setattr(sys, "argv", [*argv[:3], fine, "--", "--rl_beta=0.5"])
+        AOTPlugin().register(aot())
 
 
 def test_importing_the_plugin_brings_in_nothing_new() -> None:
