@@ -148,6 +148,5 @@ def _refuse_swallowed_flags() -> None:
     own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     for flag in (arg.split("=")[0] for arg in own if arg.startswith("--") and "_" in arg):
         if flag.removeprefix("--") in AxolotlInputConfig.model_fields:
-            raise ValueError(
-                f"`axolotl` does not pass `{flag}` on to the config: write `{flag.replace('_', '-')}`"
-            )
+            dashed = flag.replace("_", "-")
+            raise ValueError(f"`axolotl` does not pass `{flag}` on to the config: write `{dashed}`")
