@@ -224,9 +224,23 @@ def cell(row: Row, field: str) -> Any:
     value: Any = row
     for part in field.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise RowError(f"there is no column `{field}`; the row has {', '.join(row)}")
+            has = ", ".join(row)
+            raise RowError(
+                f"there is no column `{field}`; the row has {has}; {_column(row, field)}"
+            )
         value = value[part]
     return value
+
+
+def _column(row: Row, field: str) -> str:
+    """What to write where a column is not there."""
+    if field in ("chosen", "rejected"):
+        instead = "`aot_mode: unpaired` reads single responses with a label"
+    elif {"chosen", "rejected"} <= row.keys():
+        instead = "`aot_mode: paired`, or `type: chat_template.paired`, reads pairs"
+    else:
+        return "name the column with a `field_...` key of the entry"
+    return f"{instead}, and a `field_...` key of the entry names another column"
 
 
 def judge(row: Row, field: str, options: DefaultOptions | ListwiseOptions) -> bool | Drop:
