@@ -33,7 +33,7 @@ LOG = get_logger("axolotl.aot_plugin.data")
 
 SETTINGS = (
     *("curriculum_sampling", "shuffle_merged_datasets", "shuffle_before_merging_datasets"),
-    *("excess_length_strategy", "aot_mode"),
+    "excess_length_strategy",
 )
 """Host keys that decide about the rows and their order, and are not in the host's name for them."""
 
@@ -185,6 +185,7 @@ def _settings(cfg: Any, tokenizer: Any) -> dict[str, Any]:
     # Which rows are taken, or held out, depends on it; else the trainer draws the order anew.
     decides = any(map(is_mixed, entries)) or bool(cfg.val_set_size)
     return settings | {
+        "aot_mode": cfg["aot_mode"],
         "seed": cfg.seed if decides else None,
         "axolotl": version("axolotl"),
         "the code of aot-plugin": _hash(map(_digest, own)),
