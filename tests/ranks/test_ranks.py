@@ -50,7 +50,7 @@ REFUSED = ("even_batches", "dispatch_batches")
 """Keys of `accelerator_config` under which a step can't be whole on several ranks."""
 
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
-LORA |= {"learning_rate": 0.01}
+LORA |= {"learning_rate": 0.003}
 
 
 class Bench:
