@@ -109,7 +109,8 @@ def refuse_another_start(checkpoint: Path, arguments: Any) -> None:
     before, start = start_adapter(checkpoint) or "", arguments.aot_start_adapter
     if before and start:
         check_start(checkpoint, start)
-    moved = start_digest(checkpoint) and start_digest(checkpoint) == arguments.aot_start_digest
+    # Where it is not known, one is None and the other one empty.
+    moved = start_digest(checkpoint) == arguments.aot_start_digest
     if before != start and not moved:
         raise ValueError(
             f"the run of {checkpoint} began with "

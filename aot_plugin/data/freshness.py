@@ -62,11 +62,16 @@ def load_fresh[Loaded](cfg: Any, load: Callable[[], Loaded]) -> Loaded:
         with _without_cache(True):
             return load()
     tokenizer = load_tokenizer(cfg)
-    splits = [entries for entries in (cfg.datasets, cfg.test_datasets) if entries]
+    settings = _settings(cfg, tokenizer)  # once: it holds the tokenizer's whole vocabulary
+    splits = [
+        (_folder(cfg, entries, tokenizer), entries)
+        for entries in (cfg.datasets, cfg.test_datasets)
+        if entries
+    ]
 
     def under_lock(function: Callable[..., bool]) -> bool:
         with FileLock(str(FileLockLoader(cfg).lock_file_path)):
-            return all([function(cfg, entries, tokenizer) for entries in splits])
+            return all([function(folder, _files(cfg, e), settings) for folder, e in splits])
 
     for _ in range(ATTEMPTS):
         prepared = under_lock(_keep_if_fresh)
@@ -105,21 +110,18 @@ def _folder(cfg: Any, entries: list[Any], tokenizer: Any) -> Path:
     return get_prepared_dataset_path(cfg, digest)
 
 
-def _is_fresh(cfg: Any, entries: list[Any], tokenizer: Any) -> bool:
+def _files(cfg: Any, entries: list[Any]) -> list[Path]:
+    return sorted(set(_sources(cfg, entries)))
+
+
+def _is_fresh(folder: Path, files: list[Path], settings: Mapping[str, Any]) -> bool:
     """Whether what is written down about the rows of a split is what this config says."""
-    made_of = _written(sources_file(_folder(cfg, entries, tokenizer)))
-    files = sorted(set(_sources(cfg, entries)))
-    return made_of is not None and not _change(made_of, files, _settings(cfg, tokenizer))
+    return not _change(_written(sources_file(folder)), files, settings)
 
 
-def _keep_if_fresh(cfg: Any, entries: list[Any], tokenizer: Any) -> bool:
+def _keep_if_fresh(folder: Path, files: list[Path], settings: Mapping[str, Any]) -> bool:
     """Whether there are prepared rows of a split, which are fresh; stale ones are removed."""
-    folder = _folder(cfg, entries, tokenizer)
-    files, settings = sorted(set(_sources(cfg, entries))), _settings(cfg, tokenizer)
-    made_of = _written(sources_file(folder))
-    change = "nothing says what they were made of"
-    if made_of is not None:
-        change = _change(made_of, files, settings)
+    change = _change(_written(sources_file(folder)), files, settings)
     if any(folder.glob("*")):
         if not change:
             return True
@@ -141,8 +143,12 @@ def _written(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _change(made_of: Mapping[str, Any], files: list[Path], settings: Mapping[str, Any]) -> str:
+def _change(
+    made_of: Mapping[str, Any] | None, files: list[Path], settings: Mapping[str, Any]
+) -> str:
     """What is not as it was when the rows were prepared, for the log; empty if all is."""
+    if made_of is None:
+        return "nothing says what they were made of"
     before: Mapping[str, Any] = made_of["files"]
     now = {str(path): path for path in files}
     if gone := before.keys() - now.keys():

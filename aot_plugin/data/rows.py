@@ -139,15 +139,15 @@ def examples(
             is an answer other than a response of this row.
     """
     own = prompted and _prompt_field(row, options) is not None
-    judged: list[tuple[list[Turn] | Drop, bool | Drop]] = []
-    for value, name, label in responses:
+
+    def turns_of(value: Any, name: str) -> list[Turn]:
         literal = own and not _serialized(value, row, options)
-        turns: list[Turn] | Drop = (
-            label
-            if isinstance(label, Drop)
-            else as_turns(value, "assistant", options, name, literal)
-        )
-        judged.append((turns, label))
+        return as_turns(value, "assistant", options, name, literal)
+
+    judged = [
+        (label if isinstance(label, Drop) else turns_of(value, name), label)
+        for value, name, label in responses
+    ]
     answers = [turns[-1] for turns, _ in judged if not isinstance(turns, Drop) and turns]
     for turns, label in judged:
         if isinstance(turns, Drop):

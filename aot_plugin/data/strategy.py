@@ -122,8 +122,8 @@ def rows_of(batch: Mapping[str, list[Any]]) -> Iterator[Row]:
 
 def outcomes(
     rows: Iterable[Row], resolved: Mapping[str, Any], numbers: Iterable[int] | None = None
-) -> Iterator[Outcome]:
-    """What an entry's strategy makes of rows, in order.
+) -> Iterator[tuple[int | None, list[Outcome]]]:
+    """What an entry's strategy makes of rows, in order: number and outcomes of each.
 
     Args:
         numbers: the rows' numbers in their dataset, for messages.
@@ -131,18 +131,10 @@ def outcomes(
     Raises:
         ValueError: naming dataset, row number if known, field, value and what is accepted.
     """
-    for _, found in _examples(rows, resolved, numbers):
-        yield from found
-
-
-def _examples(
-    rows: Iterable[Row], resolved: Mapping[str, Any], numbers: Iterable[int] | None
-) -> Iterator[tuple[int | None, list[Outcome]]]:
     strategy = strategies(mode_of(resolved))[resolved["strategy"]]
     options = parsed_options(resolved)
-    for number, row in zip(
-        itertools.repeat(None) if numbers is None else numbers, rows, strict=False
-    ):
+    known = itertools.repeat(None) if numbers is None else numbers
+    for number, row in zip(known, rows, strict=False):
         with _naming(resolved, number):
             found = list(strategy.examples(row, options))
         yield number, found
@@ -160,7 +152,7 @@ def rendered(
     Args and Raises: as ``outcomes``.
     """
     paired = mode_of(resolved) == "paired"
-    for number, found in _examples(rows, resolved, numbers):
+    for number, found in outcomes(rows, resolved, numbers):
         with _naming(resolved, number):
             for outcome in [_pair(found)] if paired else found:
                 if isinstance(outcome, Drop):

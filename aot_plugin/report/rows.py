@@ -101,9 +101,6 @@ def sequences_of(
         ValueError: if the row can't be read or rendered.
     """
     fields: tuple[str, ...] = COMPLETIONS[mode]
-    prompted = mode == "paired" or "completion" in row
-    if not prompted and render is not None:
-        fields = ("messages",)
     if render is None:
         values: list[Any] = [row.get("prompt"), *(row.get(field) for field in fields)]
         if not all(isinstance(value, str) for value in values):
@@ -113,6 +110,9 @@ def sequences_of(
         if empty:
             raise ValueError(f"empty {empty}")
     else:
+        prompted = mode == "paired" or "completion" in row
+        if not prompted:  # a whole conversation, whose last turn is the answer
+            fields = ("messages",)
         responses = [(row[field], field, True) for field in fields]
         texts = []
         for field, found in zip(fields, examples(row, responses, options, prompted), strict=True):

@@ -47,7 +47,7 @@ def test_it_is_used_by_its_name(register):
     entry = {"path": "rows", "type": "emoji.default", "field_emoji": "face"}
     _, resolved = resolve_unpaired_datasets([entry])
     rows = [{"prompt": "Hi", "completion": "Yes.", "face": face} for face in "👍👎🤷"]
-    found = list(outcomes(rows, *resolved.values()))
+    found = [o for _, row in outcomes(rows, *resolved.values()) for o in row]
     assert [getattr(outcome, "label", outcome) for outcome in found] == [
         True,
         False,

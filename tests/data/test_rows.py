@@ -16,7 +16,7 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 def read(row, kind="default", **options):
     entry = {"path": "rows.jsonl", "type": f"chat_template.{kind}", **options}
     _, resolved = resolve_unpaired_datasets([entry])
-    return list(outcomes([row], *resolved.values(), numbers=[17]))
+    return [o for _, row in outcomes([row], *resolved.values(), numbers=[17]) for o in row]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def read_threads(messages, **options):
     entry = {"path": "trees.jsonl", "type": "chat_template.threads", **options}
     (resolved,) = resolve_unpaired_datasets([entry])[1].values()
     rows = arranged(Dataset.from_list(messages), resolved)
-    return list(outcomes(rows, resolved, numbers=range(len(rows))))
+    return [o for _, row in outcomes(rows, resolved, numbers=range(len(rows))) for o in row]
 
 
 def test_threads_of_a_tree():
