@@ -6,6 +6,8 @@ all else is imported when it is used.
 
 from typing import Any
 
+from . import entry_type
+
 __all__ = ["AOTPlugin"]
 
 
@@ -14,10 +16,8 @@ def __getattr__(name: str) -> Any:
         from .plugin import AOTPlugin
 
         return AOTPlugin
-    if name.startswith(("paired_", "unpaired_")):
-        # The host resolves a data set's `type:` only as "<module>.<function>" with one dot, so
-        # the strategies of `aot_plugin.data` answer as attributes of the package itself.
+    if entry := entry_type.decode(name):
         from .data import strategy_factory
 
-        return strategy_factory(name)
+        return strategy_factory(*entry)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .adapter_keys import adapter_updates, start_adapter
+from .host.adapter_keys import adapter_updates, start_adapter
 
 PAIRED_TRAINER = "aot_plugin.trainer.AOTPairedTrainer"
 UNPAIRED_TRAINER = "aot_plugin.trainer.AOTUnpairedTrainer"
@@ -160,7 +160,7 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
             )
         return {}
 
-    from .host_keys import check_known, refusals
+    from .host.keys import check_known, refusals
 
     _check_keys(cfg)
     _check_entries(cfg)
@@ -196,7 +196,7 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments for the host's training-arguments class, from a validated config."""
     from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 
-    from .host_keys import FORWARDED
+    from .host.keys import FORWARDED
     from .report.saved_arguments import weights_digest
 
     kwargs = {key: cfg[key] for key in vars(AOTOptions())}
@@ -235,7 +235,7 @@ def misspelt(key: str) -> str | None:
 
 
 def _check_keys(cfg: Mapping[str, Any]) -> None:
-    from .host_keys import REFUSED
+    from .host.keys import REFUSED
 
     if not isinstance(cfg.get("trl"), Mapping | None):
         raise ValueError(f"`trl: {cfg['trl']}` is wrong: it holds keys of its own")

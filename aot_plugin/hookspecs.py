@@ -17,8 +17,8 @@ import pluggy
 
 if TYPE_CHECKING:
     from .data.rows import PromptStrategy
-    from .losses import StepLoss
-    from .penalties import Penalty
+    from .ot.losses import StepLoss
+    from .ot.penalties import Penalty
 
 PROJECT_NAME = "aot_plugin"
 hookspec = pluggy.HookspecMarker(PROJECT_NAME)

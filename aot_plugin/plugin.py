@@ -67,7 +67,7 @@ class AOTPlugin(BasePlugin):
             return None
         from .data.freshness import load_fresh
         from .data.loading import load_datasets
-        from .recovery import discard_half_prepared, set_aside_half_checkpoints
+        from .host.recovery import discard_half_prepared, set_aside_half_checkpoints
 
         if not preprocess:
             set_aside_half_checkpoints(cfg)
@@ -77,7 +77,7 @@ class AOTPlugin(BasePlugin):
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Remembers the policy and the reference, which the host loads after it."""
         if is_desugared(cfg) and self._speaks():
-            from .host_models import remember
+            from .host.loaded_models import remember
 
             remember(model)
 
@@ -87,7 +87,7 @@ class AOTPlugin(BasePlugin):
             return None
         # Where the trainer, which comes next, finds it; the host's commands have set it so.
         PluginManager.get_instance().cfg = cfg
-        from .nodes import share_folder
+        from .host.nodes import share_folder
 
         # Where a node can't read what another one saves, it could not resume.
         shared = share_folder(Path(cfg["output_dir"]))
@@ -98,7 +98,7 @@ class AOTPlugin(BasePlugin):
         supervised fine-tuning only; nothing when ``rl`` is not ``aot``."""
         if not is_desugared(cfg) or not self._speaks():
             return []
-        from .callbacks import callbacks
+        from .host.callbacks import callbacks
 
         return callbacks(cfg, trainer)
 
@@ -124,7 +124,7 @@ def _check_versions() -> None:
 def _warn_of_keys_without_effect(cfg: dict) -> None:
     from axolotl.utils.logging import get_logger
 
-    from .host_keys import without_effect
+    from .host.keys import without_effect
 
     if said := without_effect(cfg):
         get_logger("axolotl.aot_plugin.config").warning(said)

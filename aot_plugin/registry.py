@@ -7,34 +7,31 @@ from typing import Any
 
 import pluggy
 
-from . import hookspecs, losses, penalties
+from . import hookspecs
 
-
-class _Builtin:
-    """The built-in penalties and losses, registered as any other package's."""
-
-    @hookspecs.hookimpl
-    def aot_penalties(self) -> Mapping[str, penalties.Penalty]:
-        return penalties.BUILTIN
-
-    @hookspecs.hookimpl
-    def aot_losses(self) -> Mapping[str, losses.StepLoss]:
-        return losses.BUILTIN
+BUILTIN = "aot_plugin.builtin"
+"""Our own penalties, losses and prompt strategies: what our own entry point names."""
 
 
 @cache
 def plugin_manager() -> pluggy.PluginManager:
-    """The manager with the built-ins and every installed package of the entry-point group.
+    """The manager with every installed package of the entry-point group, this one among them.
 
     Raises:
+        RuntimeError: if this project's own entry point is missing.
         pluggy.PluginValidationError: if a package implements a hook that does not exist.
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT_NAME)
     manager.add_hookspecs(hookspecs)
-    manager.register(_Builtin(), name="aot_plugin builtin")
+    entries = entry_points(group=hookspecs.PROJECT_NAME)
+    if not any(entry.value == BUILTIN for entry in entries):
+        raise RuntimeError(
+            "the installed aot-plugin is older than its source: install it again "
+            "(in a clone: pip install --no-deps -e .)"
+        )
     # Not load_setuptools_entrypoints: of two packages that chose the same entry-point name, it
     # loads one and skips the other in silence.
-    for entry in entry_points(group=hookspecs.PROJECT_NAME):
+    for entry in entries:
         manager.register(entry.load(), name=_owner(entry))
     manager.check_pending()
     return manager

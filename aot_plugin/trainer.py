@@ -34,13 +34,16 @@ from transformers.trainer_utils import EvalPrediction
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import global_then_local_main_first, use_adapter
 
-from .adapters import (
+from .data import is_text, prepare_tokens
+from .data.sampler import StratifiedSampler
+from .digests import digest
+from .host.adapters import (
     policy_to_start_from,
     refuse_another_start,
     save_adapter_only,
     settle_reference,
 )
-from .checks import (
+from .host.checks import (
     Difference,
     first_scores,
     random_network,
@@ -48,30 +51,33 @@ from .checks import (
     reference_error,
     wrong_reference,
 )
-from .cost import Cost
-from .data import is_text, prepare_tokens
-from .held import HELD_KEY, Gradient, held_surrogate
-from .host_models import begin_as_policy, loaded_after
-from .layout import Layouts, settle_layouts
-from .logps import sequence_logps, weighted_logps_sum
-from .losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
-from .nodes import EachNodeWrites, let_each_node_save
-from .provenance import digest
-from .reference import Identity, identify, reference_file, refuse_unlike_rows, rows_digest
-from .registry import lookup
-from .repeats import DISTINCT_KEY, distinct_rows, refuse_uneven_ranks
-from .report import Scores, log_figure_to_loggers, record_evaluation
-from .report.dominance import dominance_statistics
-from .sampler import StratifiedSampler
-from .sequences import LOGPS_KEY, NUMBER_KEY, WEIGHT_KEY, Sequences
-from .speed import (
+from .host.loaded_models import begin_as_policy, loaded_after
+from .host.nodes import EachNodeWrites, let_each_node_save
+from .host.reference_cache import (
+    Identity,
+    identify,
+    reference_file,
+    refuse_unlike_rows,
+    rows_digest,
+)
+from .host.repeated_rows import DISTINCT_KEY, distinct_rows, refuse_uneven_ranks
+from .host.speed import (
     gradients_that_fit,
     speed_features,
     trainable,
     why_gradients_are_not_held,
     why_graph_is_not_kept,
 )
-from .transport import recoupled_fraction
+from .ot.dominance import dominance_statistics
+from .ot.losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
+from .ot.transport import recoupled_fraction
+from .registry import lookup
+from .report import Scores, log_figure_to_loggers, record_evaluation
+from .scoring.batching import LOGPS_KEY, NUMBER_KEY, WEIGHT_KEY, Sequences
+from .scoring.cost import Cost
+from .scoring.layout import Layouts, settle_layouts
+from .scoring.logps import sequence_logps, weighted_logps_sum
+from .step.held import HELD_KEY, Gradient, held_surrogate
 
 LOG = get_logger("axolotl.aot_plugin.trainer")
 

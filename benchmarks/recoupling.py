@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from aot_plugin.ot.transport import recoupled_fraction
 from aot_plugin.report import load_run
-from aot_plugin.transport import recoupled_fraction
 
 DRAWS = 400
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from aot_plugin.losses import LossOptions, UnpairedLogps, transport
-from aot_plugin.penalties import logistic
-from aot_plugin.report.dominance import dominance_statistics
+from aot_plugin.ot.dominance import dominance_statistics
+from aot_plugin.ot.losses import LossOptions, UnpairedLogps, transport
+from aot_plugin.ot.penalties import logistic
 
 COLUMNS = 3
 """Per sequence: log-probability, reference log-probability, label; float64."""

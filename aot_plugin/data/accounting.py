@@ -16,9 +16,9 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from .labels import Drop
-from .options import parsed_options, plain
+from .options import plain
 from .render import Renderer
-from .strategy import Rendered, mode_of, rendered, rows_of, template_config
+from .strategy import Rendered, mode_of, parsed_options, rendered, rows_of, template_config
 from .tokens import same_ids
 
 BATCH = 1000

@@ -1,16 +1,16 @@
 """The entries under ``datasets:`` and ``test_datasets:``, checked and rewritten for the host."""
 
-import hashlib
 import importlib.util
 import inspect
-import json
 import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from .. import entry_type
 from .options import LOADER_KEYS, plain
+from .strategy import strategies
 
 LISTS = ("datasets", "test_datasets")
 
@@ -67,9 +67,9 @@ def _resolve(
         name = host_entry.get("type")
         name = "chat_template.default" if name == "chat_template" else name
         own_module = False
-        if isinstance(name, str) and name in _strategies(mode):
-            host_entry, resolved = _ours(host_entry, name, mode, at)
-            options[_digest(resolved)] = resolved
+        if isinstance(name, str) and name in strategies(mode):
+            host_entry, key, resolved = _ours(host_entry, name, mode, at)
+            options[key] = resolved
         else:
             own_module = _is_own_module(name, mode, at)
             _check_user_defined(name, mode, at)
@@ -84,24 +84,16 @@ def _resolve(
 
 def _ours(
     entry: dict[str, Any], name: str, mode: str, at: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """An entry of our type for the host, and what ``aot_datasets`` keeps of it."""
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """An entry of our type for the host, and key and value of what ``aot_datasets`` keeps of it."""
     source = {key: entry[key] for key in LOADER_KEYS if key in entry}
     own = {k: v for k, v in entry.items() if k not in (*LOADER_KEYS, "type")}
     if "path" not in source:
         raise ValueError(f"`{at}.path` is missing")
-    _build(_strategies(mode)[name].options, own, at)
+    _build(strategies(mode)[name].options, own, at)
     resolved = {"strategy": name, "mode": mode, "options": own, "source": source}
-    return {**source, "type": f"aot_plugin.{mode}_{_digest(resolved)}"}, resolved
-
-
-RENDERING = 3
-"""Raised with every change of the tokens that a row becomes: older prepared data is not reused."""
-
-
-def _digest(resolved: Mapping[str, Any]) -> str:
-    said = json.dumps([RENDERING, resolved], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:12]
+    kind, key = entry_type.encode(mode, resolved)
+    return {**source, "type": kind}, key, resolved
 
 
 def _check_repeats(entry: Mapping[str, Any], at: str, where: str, cfg: Mapping[str, Any]) -> None:
@@ -143,12 +135,6 @@ def _check_same_options(entry: Mapping[str, Any], index: int, cfg: Mapping[str, 
             f"`datasets[{index}]`, which differs in {', '.join(different) or 'all'}: give both "
             "lists the same order and options"
         )
-
-
-def _strategies(mode: str) -> Mapping[str, Any]:
-    from .strategy import strategies
-
-    return strategies(mode)
 
 
 def _build(model: type[BaseModel], values: dict[str, Any], at: str) -> BaseModel:
@@ -200,7 +186,7 @@ def _is_own_module(name: Any, mode: str, at: str) -> bool:
     for candidate in (f"{base}.{module}", module):
         if _find(candidate) and hasattr(importlib.import_module(candidate), function):
             return candidate == module
-    ours = f"{', '.join(_strategies(mode))}, " if mode == "unpaired" else ""
+    ours = f"{', '.join(strategies(mode))}, " if mode == "unpaired" else ""
     raise ValueError(
         f"`{at}.type: {name}` is not a strategy for {mode} rows; accepted are {ours}the host's "
         f"{', '.join(_host_types(base))}, a user-defined mapping, or `<module>.<function>`"

@@ -9,7 +9,6 @@ whereupon the host prepares them anew.
 import ast
 import contextlib
 import glob
-import hashlib
 import importlib.util
 import json
 import os
@@ -27,6 +26,7 @@ from axolotl.utils.data.shared import generate_dataset_hash_from_config, get_pre
 from axolotl.utils.logging import get_logger
 from filelock import FileLock
 
+from ..digests import digest, file_digest
 from .mixing import is_mixed
 
 LOG = get_logger("axolotl.aot_plugin.data")
@@ -128,7 +128,7 @@ def _keep_if_fresh(folder: Path, files: list[Path], settings: Mapping[str, Any])
         LOG.warning("%s: the rows in %s are prepared anew", change, folder)
         shutil.rmtree(folder, ignore_errors=True)
     if change:
-        stamps = {str(path): {**_times(path), "sha256": _digest(path)} for path in files}
+        stamps = {str(path): {**_times(path), "sha256": file_digest(path)} for path in files}
         # A killed run must not leave half of it.
         temporary = folder.with_name(f".{sources_file(folder).name}.{os.getpid()}")
         temporary.write_text(json.dumps({"settings": settings, "files": stamps}, indent=1))
@@ -170,17 +170,12 @@ def _is(path: Path, stamp: Mapping[str, Any]) -> bool:
     # A file that was not touched need not be read; one that was may hold the same all the same.
     if _times(path) == {key: stamp[key] for key in ("size", "mtime_ns")}:
         return True
-    return path.stat().st_size == stamp["size"] and _digest(path) == stamp["sha256"]
+    return path.stat().st_size == stamp["size"] and file_digest(path) == stamp["sha256"]
 
 
 def _times(path: Path) -> dict[str, int]:
     status = path.stat()
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _settings(cfg: Any, tokenizer: Any) -> dict[str, Any]:
@@ -194,10 +189,10 @@ def _settings(cfg: Any, tokenizer: Any) -> dict[str, Any]:
         "aot_mode": cfg["aot_mode"],
         "seed": cfg.seed if decides else None,
         "axolotl": version("axolotl"),
-        "the code of aot-plugin": _hash(map(_digest, own)),
+        "the code of aot-plugin": digest([file_digest(file) for file in own]),
         "the order of `datasets`": [str(entry["path"]) for entry in entries],
-        "the tokenizer as it is loaded (`tokens`, `special_tokens`, revision)": _hash(
-            _behaviour(tokenizer)
+        "the tokenizer as it is loaded (`tokens`, `special_tokens`, revision)": digest(
+            list(_behaviour(tokenizer))
         ),
     }
 
@@ -209,10 +204,6 @@ def _behaviour(tokenizer: Any) -> Iterator[str]:
     yield repr(sorted(tokenizer.special_tokens_map.items()))
     yield repr(sorted(tokenizer.added_tokens_decoder.items()))
     yield repr(tokenizer.chat_template)
-
-
-def _hash(texts: Iterable[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def _sources(cfg: Any, entries: Iterable[Any]) -> Iterator[Path]:

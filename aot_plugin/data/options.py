@@ -166,12 +166,6 @@ class ThreadsOptions(ConversationOptions):
         return self
 
 
-def parsed_options(resolved: Mapping[str, Any]) -> ConversationOptions:
-    """The options object of a value of ``aot_datasets``."""
-    found = _strategies(resolved.get("mode") or "unpaired")[resolved["strategy"]]
-    return found.options(**plain(resolved["options"]))
-
-
 def plain(value: Any) -> Any:
     """Built-in dicts and lists all the way down: the host's config wraps mappings in a class whose
     missing keys are None."""
@@ -180,12 +174,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
-
-
-def _strategies(mode: str) -> Mapping[str, Any]:
-    from .strategy import strategies
-
-    return strategies(mode)
 
 
 def _check_template(choice: str, jinja: str | None) -> None:

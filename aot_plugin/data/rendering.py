@@ -7,9 +7,9 @@ from typing import Any
 
 from axolotl.utils.logging import get_logger
 
-from .options import parsed_options, plain
+from .options import plain
 from .render import Renderer
-from .strategy import template_config
+from .strategy import parsed_options, template_config
 
 LOG = get_logger("axolotl.aot_plugin.data")
 FILE = Path("aot") / "rendering.json"

@@ -107,7 +107,7 @@ def threads_examples(row: Row, options: ThreadsOptions) -> Iterator[Outcome]:
     yield from examples(row, judged, options)
 
 
-BUILTIN: dict[str, PromptStrategy] = {
+STRATEGIES: dict[str, PromptStrategy] = {
     "chat_template.default": PromptStrategy(DefaultOptions, default_examples),
     "chat_template.paired": PromptStrategy(PairedOptions, paired_examples),
     "chat_template.listwise": PromptStrategy(ListwiseOptions, listwise_examples),

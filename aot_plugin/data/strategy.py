@@ -8,22 +8,15 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..hookspecs import hookimpl
-from ..registry import plugin_manager, registered
+from ..registry import registered
 from .labels import Drop
-from .options import parsed_options, plain
+from .options import ConversationOptions, plain
 from .render import Renderer
-from .rows import BUILTIN, PAIRED, Example, Outcome, PromptStrategy, Row, RowError
+from .rows import PAIRED, Example, Outcome, PromptStrategy, Row, RowError
 from .tokens import COMPLETIONS, features, ids_columns, token_ids
 
 Rendered = tuple[Any, ...]
 """A prepared row but for its ids: prompt, completions and, unpaired, the label."""
-
-
-class _Builtin:
-    @hookimpl
-    def aot_prompt_strategies(self) -> Mapping[str, PromptStrategy]:
-        return BUILTIN
 
 
 def strategies(mode: str = "unpaired") -> Mapping[str, PromptStrategy]:
@@ -35,23 +28,19 @@ def strategies(mode: str = "unpaired") -> Mapping[str, PromptStrategy]:
     """
     if mode == "paired":
         return PAIRED
-    manager = plugin_manager()
-    if not manager.has_plugin("aot_plugin prompt strategies"):
-        manager.register(_Builtin(), name="aot_plugin prompt strategies")
     return registered("aot_prompt_strategies")
 
 
-def strategy_factory(name: str) -> Callable[..., Any]:
+def strategy_factory(mode: str, key: str) -> Callable[..., Any]:
     """The host's idea of a strategy, for a type that ``resolve_datasets`` wrote.
 
     Args:
-        name: ``paired_<key>`` or ``unpaired_<key>``.
+        mode, key: what ``entry_type`` reads from the type.
 
     Returns:
         ``factory(cfg, **kwargs) -> (transform, map_kwargs)``; the transform is batched, since one
         row may hold several responses, or none that can be used.
     """
-    mode, _, key = name.partition("_")
 
     def factory(cfg: Mapping[str, Any], **_: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         resolved = cfg["aot_datasets"][key]
@@ -90,6 +79,12 @@ def transform_for(cfg: Mapping[str, Any], resolved: Mapping[str, Any]) -> Callab
 def mode_of(resolved: Mapping[str, Any]) -> str:
     """``paired`` or ``unpaired``: what an entry of ``aot_datasets`` makes of its rows."""
     return resolved.get("mode") or "unpaired"
+
+
+def parsed_options(resolved: Mapping[str, Any]) -> ConversationOptions:
+    """The options object of a value of ``aot_datasets``."""
+    strategy = strategies(mode_of(resolved))[resolved["strategy"]]
+    return strategy.options(**plain(resolved["options"]))
 
 
 def template_config(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .dominance import bootstrap_intervals, dominance_statistics, quantile_curve
+from ..ot.dominance import bootstrap_intervals, dominance_statistics, quantile_curve
 from .plots import Panel, draw_gap, draw_quantiles, literal, new_figure
 from .scores import Scores
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickletools  # nosec B403
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ..digests import file_digest
 
 ARGUMENTS = "training_args.bin"
 
@@ -52,10 +53,7 @@ def weights_digest(adapter: Path) -> str:
     """SHA-256 of an adapter's weights; "" if there is no such folder (a repository on the hub)."""
     paths = [adapter / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if path is None else file_digest(path)
 
 
 def _saved(run: Path, wanted: str) -> str | None:

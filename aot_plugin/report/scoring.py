@@ -20,7 +20,7 @@ import numpy as np
 from ..data.options import ConversationOptions
 from ..data.render import Renderer
 from ..data.rendering import read_rendering
-from .dominance import FloatArray
+from ..ot.dominance import FloatArray
 from .rows import Sequence as TokenSequence
 from .rows import read_rows, sequences_of
 from .saved_arguments import (
@@ -276,7 +276,7 @@ def _logps(
     import torch
     from tqdm import tqdm
 
-    from ..logps import sequence_logps
+    from ..scoring.logps import sequence_logps
 
     logps = np.empty(len(sequences))
     lengths = [len(s.prompt) + len(s.completion) for s in sequences]

@@ -11,14 +11,14 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from .dominance import (
+from ..ot.dominance import (
     FloatArray,
     as_sample,
     bootstrap_intervals,
     dominance_statistics,
     resampled_indices,
 )
-from .order_tests import almost_dominance, dominance_test
+from ..ot.order_tests import almost_dominance, dominance_test
 from .scores import Scores, write_atomically
 
 LEVEL = 0.95
@@ -118,7 +118,7 @@ def _mann_whitney(x: FloatArray, y: FloatArray) -> FloatArray:
 def recoupled_fraction(u: FloatArray, v: FloatArray) -> float:
     """The share of rows i whose partner in the monotone coupling of u (n,) and v (n,) isn't v[i].
 
-    Ties in one sample are broken by the other, as in `aot_plugin.transport.recoupled_fraction`:
+    Ties in one sample are broken by the other, as in `aot_plugin.ot.transport.recoupled_fraction`:
     it is 0 wherever u and v are in the same order.
     """
     return float(np.mean(np.lexsort((v, u)) != np.lexsort((u, v))))

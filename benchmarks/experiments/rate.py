@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from scipy import integrate, stats
 
-from aot_plugin.penalties import BUILTIN
-from aot_plugin.transport import transport_value
+from aot_plugin.ot.penalties import BUILTIN
+from aot_plugin.ot.transport import transport_value
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = tuple(2**k for k in range(3, 15))

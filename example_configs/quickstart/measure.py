@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from prompts import make_prompts
 from sampling import load, sample_responses, sentiment
 
-from aot_plugin.report.dominance import dominance_statistics
+from aot_plugin.ot.dominance import dominance_statistics
 
 SEED = 7
 RESPONSES_PER_PROMPT = 4

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from aot_plugin import config
-from aot_plugin.host_keys import FOREIGN, REFUSED, REFUSED_IF_ON, REFUSED_OF_TRL
+from aot_plugin.host.keys import FOREIGN, REFUSED, REFUSED_IF_ON, REFUSED_OF_TRL
 
 DOC = (Path(__file__).parents[2] / "docs" / "moving-from-dpo-and-kto.md").read_text()
 ROWS = [line.split(" | ", 1) for line in DOC.splitlines() if line.startswith("| `")]

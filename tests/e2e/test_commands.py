@@ -239,7 +239,7 @@ def test_one_begin_of_sequence_token(
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
-    from aot_plugin.sequences import Sequences
+    from aot_plugin.scoring.batching import Sequences
 
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)

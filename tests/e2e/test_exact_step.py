@@ -13,7 +13,9 @@ import pytest
 from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
 from safetensors.torch import load_file
 
-from aot_plugin import losses, speed, trainer
+from aot_plugin import trainer
+from aot_plugin.host import speed
+from aot_plugin.ot import losses
 
 pytestmark = pytest.mark.slow
 

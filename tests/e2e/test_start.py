@@ -11,7 +11,8 @@ import torch
 from harness import config, paired_rows, train, unpaired_rows, write_rows
 from test_exact_step import LORA, Cutter, assert_differs, assert_same
 
-from aot_plugin import speed, trainer
+from aot_plugin import trainer
+from aot_plugin.host import speed
 
 pytestmark = pytest.mark.slow
 

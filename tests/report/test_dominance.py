@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, wasserstein_distance
 
-from aot_plugin.report.dominance import (
+from aot_plugin.ot.dominance import (
     GAP_PERCENTS,
     STATISTICS,
     bootstrap_intervals,
@@ -237,7 +237,7 @@ def test_bootstrap_is_deterministic_and_seeded():
 
 
 def test_blocks_hold_every_resample_and_every_row(monkeypatch):
-    monkeypatch.setattr("aot_plugin.report.dominance._RESAMPLED_NUMBERS_AT_ONCE", 700)
+    monkeypatch.setattr("aot_plugin.ot.dominance._RESAMPLED_NUMBERS_AT_ONCE", 700)
     blocks = list(resampled_indices(50, 50, False, 99, seed=0))
     assert [len(i) for i, _ in blocks] == [7] * 14 + [1]
     assert len({tuple(row) for i, _ in blocks for row in i}) == 99

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp, norm
 
-from aot_plugin.report.dominance import resampled_indices
-from aot_plugin.report.order_tests import almost_dominance, dominance_test, violation_ratio
+from aot_plugin.ot.dominance import resampled_indices
+from aot_plugin.ot.order_tests import almost_dominance, dominance_test, violation_ratio
 
 samples = st.lists(st.integers(-40, 40).map(lambda k: k / 8), min_size=1, max_size=12)
 

@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 import pytest
 
 from aot_plugin.__main__ import main
+from aot_plugin.ot.dominance import dominance_statistics
 from aot_plugin.report import page, record_evaluation
 from aot_plugin.report.cli import run_names
 from aot_plugin.report.comparison import Named, gaps, history, side_by_side
-from aot_plugin.report.dominance import dominance_statistics
 from aot_plugin.report.page import comparison_page
 from aot_plugin.report.plots import margins_panel
 from aot_plugin.report.summary import summarize

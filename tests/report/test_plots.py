@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from aot_plugin.ot.dominance import dominance_statistics, quantile_curve
 from aot_plugin.report import plots
-from aot_plugin.report.dominance import dominance_statistics, quantile_curve
 from aot_plugin.report.scores import Scores
 
 pytest.importorskip("matplotlib")

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu, spearmanr
 
-from aot_plugin.report.dominance import bootstrap_intervals, dominance_statistics
-from aot_plugin.report.order_tests import almost_dominance, dominance_test
+from aot_plugin.ot.dominance import bootstrap_intervals, dominance_statistics
+from aot_plugin.ot.order_tests import almost_dominance, dominance_test
 from aot_plugin.report.scores import Scores
 from aot_plugin.report.summary import (
     accuracy,
@@ -97,7 +97,7 @@ def test_accuracy_intervals_are_as_wide_as_theory_says():
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=9))
 def test_recoupled_fraction_equals_the_trainers(rows):
     torch = pytest.importorskip("torch")
-    from aot_plugin.transport import recoupled_fraction as of_tensors
+    from aot_plugin.ot.transport import recoupled_fraction as of_tensors
 
     u, v = np.array(rows, dtype=float).T
     expected = of_tensors(torch.tensor(u.copy()), torch.tensor(v.copy()))

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aot_plugin.config import AOTInputArgs
-from aot_plugin.host_keys import REFUSED
+from aot_plugin.host.keys import REFUSED
 
 KEYS = sorted(set(AOTInputArgs.model_fields) - {"aot_datasets"})
 

@@ -15,7 +15,7 @@ from axolotl.utils.schemas.trl import TRLConfig
 from harness import config, train, write_config, write_rows
 
 from aot_plugin.config import _PARALLEL
-from aot_plugin.host_keys import (
+from aot_plugin.host.keys import (
     FOREIGN,
     FORWARDED,
     REFUSED,

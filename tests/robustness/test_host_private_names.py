@@ -19,10 +19,10 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 
 import aot_plugin
 from aot_plugin import trainer as ours
-from aot_plugin.adapter_keys import REFUSED_WITH_ADAPTER, SAVED_AS
 from aot_plugin.config import AOTOptions, AOTTrainingArgs, training_args
 from aot_plugin.data.freshness import SETTINGS
-from aot_plugin.host_keys import FORWARDED, REFUSED, REFUSED_IF_ON
+from aot_plugin.host.adapter_keys import REFUSED_WITH_ADAPTER, SAVED_AS
+from aot_plugin.host.keys import FORWARDED, REFUSED, REFUSED_IF_ON
 from aot_plugin.plugin import AOTPlugin
 
 PACKAGE = Path(aot_plugin.__file__).parent

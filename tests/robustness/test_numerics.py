@@ -12,9 +12,9 @@ from harness import config, paired_rows, random_model, train, unpaired_rows, wri
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from aot_plugin import penalties
-from aot_plugin.logps import sequence_logps, weighted_logps_sum
-from aot_plugin.losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps, transport
+from aot_plugin.ot import penalties
+from aot_plugin.ot.losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps, transport
+from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
 
 VOCABULARY = 500
 
@@ -206,13 +206,13 @@ def steps(u: list[float], v: list[float]) -> dict[str, StepLogps]:
 
 
 @pytest.mark.parametrize("sort", ["hard", "soft"])
-@pytest.mark.parametrize("penalty", list(penalties.BUILTIN))
+@pytest.mark.parametrize("penalty", list(penalties.PENALTIES))
 @pytest.mark.parametrize("mode", ["paired", "unpaired"])
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_margins_of_ten_thousand_over_beta(sample: str, mode: str, penalty: str, sort: Any) -> None:
     u, v = SAMPLES[sample]
     step = steps(u, v)[mode]
-    options = LossOptions(penalties.BUILTIN[penalty], BETA, sort=sort, epsilon=EPSILON)
+    options = LossOptions(penalties.PENALTIES[penalty], BETA, sort=sort, epsilon=EPSILON)
     loss = transport(step, options)
     value, of_u, of_v = exact_transport(u, v, penalty, sort)
     assert loss.item() == pytest.approx(value, rel=1e-9, abs=1e-300)

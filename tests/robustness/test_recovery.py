@@ -13,7 +13,7 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.train import determine_last_checkpoint
 from harness import config, paired_rows, unpaired_rows, write_config, write_rows
 
-from aot_plugin.recovery import discard_half_prepared, set_aside_half_checkpoints
+from aot_plugin.host.recovery import discard_half_prepared, set_aside_half_checkpoints
 
 
 @pytest.fixture

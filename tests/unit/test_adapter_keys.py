@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from aot_plugin.adapter_keys import adapter_updates, start_adapter
 from aot_plugin.config import desugar
+from aot_plugin.host.adapter_keys import adapter_updates, start_adapter
 
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_modules": ["q_proj"]}
 SAVED = {

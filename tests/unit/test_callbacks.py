@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from aot_plugin.callbacks import StepLine, summary
+from aot_plugin.host.callbacks import StepLine, summary
 from aot_plugin.plugin import AOTPlugin
 
 METRICS = {
@@ -36,7 +36,7 @@ def test_the_main_process_says_it_and_an_evaluation_is_no_training_time(
     main: bool, tmp_path: Any, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 1.0, 1.0, 101.0, 102.0, 102.0])
-    monkeypatch.setattr("aot_plugin.callbacks.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("aot_plugin.host.callbacks.time.perf_counter", lambda: next(clock))
     args = TrainingArguments(
         tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, use_cpu=True
     )

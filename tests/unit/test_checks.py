@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aot_plugin.checks import (
+from aot_plugin.host.checks import (
     FirstScores,
     first_scores,
     random_network,

@@ -17,7 +17,7 @@ from aot_plugin.config import (
     desugar,
     training_args,
 )
-from aot_plugin.host_keys import REFUSED
+from aot_plugin.host.keys import REFUSED
 
 UNTOUCHED = [{"path": "rows.jsonl", "type": "chatml.ultra"}]
 
@@ -193,5 +193,6 @@ def test_importing_the_plugin_brings_in_nothing_new() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     )
     new = out.stdout.strip().splitlines()[-1]
-    ours = ["aot_plugin", "aot_plugin.adapter_keys", "aot_plugin.config", "aot_plugin.plugin"]
+    light = ("config", "digests", "entry_type", "host", "host.adapter_keys", "plugin")
+    ours = ["aot_plugin", *(f"aot_plugin.{name}" for name in light)]
     assert new == str(ours)

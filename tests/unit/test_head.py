@@ -10,9 +10,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from aot_plugin import head as head_module
-from aot_plugin.head import token_logps
-from aot_plugin.logps import sequence_logps, weighted_logps_sum
+from aot_plugin.scoring import lm_head as head_module
+from aot_plugin.scoring.lm_head import token_logps
+from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
 
 VOCABULARY, WIDTH, TOKENS = 50, 8, 33
 SMALL = {

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from aot_plugin.logps import sequence_logps
-from aot_plugin.losses import LossOptions, PairedLogps, UnpairedLogps, transport
-from aot_plugin.penalties import BUILTIN, logistic, smoothed
-from aot_plugin.transport import recoupled_fraction
+from aot_plugin.ot.losses import LossOptions, PairedLogps, UnpairedLogps, transport
+from aot_plugin.ot.penalties import PENALTIES, logistic, smoothed
+from aot_plugin.ot.transport import recoupled_fraction
+from aot_plugin.scoring.logps import sequence_logps
 
 PAIRS, BETA = 32, 0.1
 
@@ -139,7 +139,7 @@ def test_u_and_v_of_pairs_and_of_labelled_rows():
     assert rows.v.tolist() == [0.5, 3000.0]
 
 
-@pytest.mark.parametrize("name", sorted(BUILTIN))
+@pytest.mark.parametrize("name", sorted(PENALTIES))
 def test_penalties_are_the_formulas_of_the_paper(name: str):
     z, beta = torch.linspace(-9, 9, 37).double(), 0.6
     formula = {
@@ -147,19 +147,19 @@ def test_penalties_are_the_formulas_of_the_paper(name: str):
         "squared_hinge": (beta - z).clamp(min=0) ** 2,
         "least_squares": (beta - z) ** 2,
     }[name]
-    torch.testing.assert_close(BUILTIN[name](z, beta), formula)
+    torch.testing.assert_close(PENALTIES[name](z, beta), formula)
 
 
-@pytest.mark.parametrize("name", sorted(BUILTIN))
+@pytest.mark.parametrize("name", sorted(PENALTIES))
 def test_penalties_are_convex(name: str):
     z = torch.linspace(-9, 9, 361).double()
-    h = BUILTIN[name](z, 0.6)
+    h = PENALTIES[name](z, 0.6)
     assert (h[:-2] - 2 * h[1:-1] + h[2:] >= -1e-12).all()
 
 
-@pytest.mark.parametrize("name", sorted(BUILTIN))
+@pytest.mark.parametrize("name", sorted(PENALTIES))
 def test_label_smoothing_mixes_in_flipped_labels(name: str):
-    z, h = torch.linspace(-5, 5, 21).double(), BUILTIN[name]
+    z, h = torch.linspace(-5, 5, 21).double(), PENALTIES[name]
     expected = 0.7 * h(z, 0.5) + 0.3 * h(-z, 0.5)
     torch.testing.assert_close(smoothed(h, 0.3)(z, 0.5), expected)
     assert smoothed(h, 0.0) is h
@@ -172,7 +172,7 @@ def test_options_reach_the_transport_problem():
     variants = [
         {},
         {"beta": 0.5},
-        {"penalty": BUILTIN["squared_hinge"]},
+        {"penalty": PENALTIES["squared_hinge"]},
         {"label_smoothing": 0.1},
         {"sort": "soft", "epsilon": 0.5},
         {"sort": "soft", "epsilon": 5.0},

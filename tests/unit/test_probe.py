@@ -7,8 +7,8 @@ import torch
 from harness import random_model
 from torch import nn
 
-from aot_plugin.layout import settle_layouts
-from aot_plugin.probe import MEDIAN, Found, probe
+from aot_plugin.scoring.layout import settle_layouts
+from aot_plugin.scoring.probe import MEDIAN, Found, probe
 
 CPU = torch.device("cpu")
 LENGTH = 128

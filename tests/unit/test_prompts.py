@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
-from aot_plugin.cost import Cost
-from aot_plugin.logps import sequence_logps, weighted_logps_sum
-from aot_plugin.prompts import (
+from aot_plugin.scoring.cost import Cost
+from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
+from aot_plugin.scoring.shared_prompts import (
     SEQUENCE_KEY,
     blocks_of,
     cheapest_layout,

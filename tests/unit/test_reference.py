@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 
-from aot_plugin import provenance
-from aot_plugin.reference import Identity, identify, reference_file, reference_key
+from aot_plugin import digests
+from aot_plugin.host import provenance
+from aot_plugin.host.reference_cache import Identity, identify, reference_file, reference_key
 
 SETTINGS = {"max_length": 64, "bf16": False}
 ROWS = {
@@ -140,7 +141,7 @@ def test_the_config_of_a_frozen_adapter_counts(tiny_llama):
 def test_every_process_writes_a_description_in_the_same_order():
     described = {"targets": {"q_proj", "v_proj", "k_proj"}, 1: "one", "1": {2: ("a", "b")}}
     expected = '{"1": {"2": ["a", "b"]}, "targets": ["k_proj", "q_proj", "v_proj"]}'
-    assert provenance.digest(described) == hashlib.sha256(expected.encode()).hexdigest()
+    assert digests.digest(described) == hashlib.sha256(expected.encode()).hexdigest()
 
 
 def test_a_frequency_of_the_positions_counts(tiny_llama):

@@ -10,7 +10,7 @@ import torch
 
 from aot_plugin import hookspecs, registry
 from aot_plugin.hookspecs import hookimpl
-from aot_plugin.penalties import BUILTIN
+from aot_plugin.ot.penalties import PENALTIES
 
 DOC = Path(__file__).parents[2] / "docs" / "extending.md"
 HOOKS = [name for name, value in vars(hookspecs).items() if hasattr(value, "aot_plugin_spec")]
@@ -40,7 +40,7 @@ class Empty:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch):
-    """Pretend that these packages, by distribution name, are all that is installed."""
+    """Pretend that these packages, by distribution name, are what is installed beside ours."""
 
     def install(**packages: type) -> None:
         class Distribution:
@@ -53,7 +53,9 @@ def installed(monkeypatch: pytest.MonkeyPatch):
 
         def entry_points(group: str) -> list[EntryPoint]:
             assert group == "aot_plugin"
-            return [Entry("plugin", "x", group)._for(Distribution(name)) for name in packages]
+            ours = EntryPoint("builtin", registry.BUILTIN, group)._for(Distribution("aot-plugin"))
+            others = (Entry("plugin", "x", group)._for(Distribution(name)) for name in packages)
+            return [ours, *others]
 
         monkeypatch.setattr(registry, "entry_points", entry_points)
 
@@ -62,26 +64,26 @@ def installed(monkeypatch: pytest.MonkeyPatch):
     registry.plugin_manager.cache_clear()
 
 
-@pytest.mark.parametrize("name", sorted(BUILTIN))
+@pytest.mark.parametrize("name", sorted(PENALTIES))
 def test_builtin_penalties_come_through_the_hooks(name: str):
-    assert registry.lookup("aot_penalties", "aot_penalty", name) is BUILTIN[name]
+    assert registry.lookup("aot_penalties", "aot_penalty", name) is PENALTIES[name]
     (implementation,) = (
         hook
         for hook in registry.plugin_manager().hook.aot_penalties.get_hookimpls()
-        if hook.plugin_name == "aot_plugin builtin"
+        if hook.plugin_name == "aot-plugin (builtin)"
     )
-    assert implementation.function() is BUILTIN
+    assert implementation.function() is PENALTIES
 
 
 def test_builtin_losses_come_through_the_hooks():
-    from aot_plugin.losses import transport
+    from aot_plugin.ot.losses import transport
 
     assert registry.lookup("aot_losses", "aot_loss", "transport") is transport
 
 
 def test_another_package_joins_the_builtins(installed: Callable):
     installed(other=Exponential, nothing=Empty)
-    assert set(registry.registered("aot_penalties")) == {"exponential", *BUILTIN}
+    assert set(registry.registered("aot_penalties")) == {"exponential", *PENALTIES}
     penalty = registry.lookup("aot_penalties", "aot_penalty", "exponential")
     assert penalty(torch.zeros(2), 0.1).tolist() == [1.0, 1.0]
 
@@ -111,10 +113,10 @@ def test_a_builtin_name_can_not_be_taken(installed: Callable):
             return {"transport": None}
 
     installed(usurper=Usurper)
-    with pytest.raises(ValueError, match=r"'transport'.*'aot_plugin builtin'") as error:
+    with pytest.raises(ValueError, match=r"'transport'.*'aot-plugin \(builtin\)'") as error:
         registry.registered("aot_losses")
     assert "'usurper (plugin)'" in str(error.value)
-    assert set(registry.registered("aot_penalties")) == set(BUILTIN)  # these are not disputed
+    assert set(registry.registered("aot_penalties")) == set(PENALTIES)  # these are not disputed
 
 
 @pytest.mark.parametrize(

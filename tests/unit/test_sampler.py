@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_plugin.sampler import StratifiedSampler
+from aot_plugin.data.sampler import StratifiedSampler
 
 label_lists = st.lists(st.booleans(), min_size=1, max_size=60)
 block_sizes = st.integers(1, 70)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from aot_plugin.cost import Cost
-from aot_plugin.logps import sequence_logps
-from aot_plugin.prompts import cheapest_layout, distinct_prompts
-from aot_plugin.sequences import Sequences, split_by_tokens
+from aot_plugin.scoring.batching import Sequences, split_by_tokens
+from aot_plugin.scoring.cost import Cost
+from aot_plugin.scoring.logps import sequence_logps
+from aot_plugin.scoring.shared_prompts import cheapest_layout, distinct_prompts
 
 PAD = 7
 rows_of_tokens = st.lists(

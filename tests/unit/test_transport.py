@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from torch import Tensor
 
-from aot_plugin.penalties import BUILTIN
-from aot_plugin.transport import (
+from aot_plugin.ot.penalties import PENALTIES
+from aot_plugin.ot.transport import (
     coupling,
     northwest_corner,
     recoupled_fraction,
@@ -35,9 +35,9 @@ convex_costs = st.lists(st.tuples(values, values), min_size=1, max_size=4).map(
 )
 
 
-@pytest.fixture(params=sorted(BUILTIN))
+@pytest.fixture(params=sorted(PENALTIES))
 def cost(request: pytest.FixtureRequest) -> Cost:
-    penalty, beta = BUILTIN[request.param], 0.7
+    penalty, beta = PENALTIES[request.param], 0.7
     return lambda z: penalty(z, beta)
 
 
@@ -114,7 +114,7 @@ def test_some_other_coupling_is_dearer():
 
 @given(samples, samples)
 def test_coupling_costs_what_transport_value_says(u: Tensor, v: Tensor):
-    for penalty in BUILTIN.values():
+    for penalty in PENALTIES.values():
         i, j, mass = coupling(u, v)
         expected = (mass * penalty(u[i] - v[j], 0.5)).sum()
         torch.testing.assert_close(transport_value(u, v, lambda z, h=penalty: h(z, 0.5)), expected)

@@ -97,4 +97,4 @@ def transport(step: StepLogps, options: LossOptions) -> Tensor:
     return transport_value(u, v, lambda z: penalty(z, options.beta), options.sort, options.epsilon)
 
 
-BUILTIN: dict[str, StepLoss] = {"transport": transport}
+LOSSES: dict[str, StepLoss] = {"transport": transport}

@@ -16,16 +16,16 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .reference import REFERENCE_ADAPTER
-from .report.saved_arguments import (
+from ..report.saved_arguments import (
     ARGUMENTS,
     check_start,
     find_arguments,
     start_adapter,
     start_digest,
 )
+from .reference_cache import REFERENCE_ADAPTER
 
-LOG = get_logger("axolotl.aot_plugin.adapters")
+LOG = get_logger("axolotl.aot_plugin.host.adapters")
 
 POLICY_ADAPTER = "default"
 """The name that peft, the host and TRL give the adapter that is trained."""

@@ -41,7 +41,7 @@ def smoothed(penalty: Penalty, label_smoothing: float) -> Penalty:
     return h
 
 
-BUILTIN: dict[str, Penalty] = {
+PENALTIES: dict[str, Penalty] = {
     "logistic": logistic,
     "squared_hinge": squared_hinge,
     "least_squares": least_squares,

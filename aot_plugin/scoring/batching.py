@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .cost import Cost
-from .prompts import (
+from .shared_prompts import (
     Layout,
     blocks_of,
     cheapest_layout,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .cost import Cost
 from .probe import MEDIAN, coarsest_dtype, probe
-from .prompts import why_not_shared
+from .shared_prompts import why_not_shared
 
 
 @dataclass(frozen=True)

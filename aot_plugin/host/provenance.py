@@ -7,8 +7,6 @@ on a wrong reference without a word. So all that can be seen is written down, an
 """
 
 import functools
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ..digests import file_digest
 
 PACKAGES = (
     "accelerate",
@@ -43,7 +43,7 @@ PACKAGES = (
 UNRELATED = frozenset({"_name_or_path", "_commit_hash", "use_cache", "base_model_name_or_path"})
 """Keys of a config that say where it comes from, or what does not touch log-probabilities."""
 
-NOT_SCORING = frozenset({"data", "report"})
+NOT_SCORING = frozenset({"data", "ot", "report"})
 """Folders of this package that no log-probability depends on."""
 
 
@@ -68,22 +68,6 @@ def forward_pass(
         "versions": dict(_versions()),
         "machine": _machine(model),
     }
-
-
-def digest(description: Any) -> str:
-    """SHA-256 of what JSON can hold; anything else counts as its text."""
-    text = json.dumps(_plain(description), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """In an order that every process agrees on: that of a set differs from run to run, and keys of
-    several types have none."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(map(str, value))
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def described(config: Any) -> dict[str, Any]:
@@ -117,7 +101,7 @@ def _forward(module: nn.Module) -> Any:
 
 
 def _own_files() -> Iterable[Path]:
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     files = (file.relative_to(package) for file in package.rglob("*.py"))
     return [package / file for file in files if file.parts[0] not in NOT_SCORING]
 
@@ -125,7 +109,7 @@ def _own_files() -> Iterable[Path]:
 @functools.cache
 def _digest(file: Path) -> str:
     """Of a source file: code that comes with a model has no version, nor has an edited one."""
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else file.name
+    return file_digest(file) if file.suffix == ".py" else file.name
 
 
 def _versions() -> Iterator[tuple[str, str]]:

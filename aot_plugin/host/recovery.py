@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from .nodes import ask_each_node
 
-LOG = get_logger("axolotl.aot_plugin.recovery")
+LOG = get_logger("axolotl.aot_plugin.host.recovery")
 
 DATASET_FILES = ("state.json", "dataset_info.json")
 """What ``datasets`` writes last, after all rows."""

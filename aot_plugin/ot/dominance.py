@@ -174,7 +174,7 @@ def bootstrap_intervals(
 
     The amounts and the fraction can't be negative, so a resample can only add to a violation that
     is truly 0: near 0 the intervals lean upwards and needn't cover it. They describe the spread
-    of the statistic. For a decision use the tests in `aot_plugin.report.order_tests`.
+    of the statistic. For a decision use the tests in `aot_plugin.ot.order_tests`.
 
     Raises ValueError for the reasons of `dominance_statistics`, for paired samples of unequal
     size, n_resamples < 1, or a level outside (0, 1).

@@ -22,8 +22,9 @@ from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..digests import digest
 from .nodes import ask_each_node
-from .provenance import described, digest, forward_pass
+from .provenance import described, forward_pass
 
 ROWS_AT_ONCE = 10_000
 REFERENCE_ADAPTER = "ref"

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cost import Cost
-from .head import token_logps
-from .prompts import SEQUENCE_KEY, share_prompts
+from .lm_head import token_logps
+from .shared_prompts import SEQUENCE_KEY, share_prompts
 
 
 def sequence_logps(

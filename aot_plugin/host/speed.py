@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from .logps import why_head_is_not_chunked
+from ..scoring.logps import why_head_is_not_chunked
 
 HELD_SHARE = 1 / 3
 """Memory that held gradients may take in a step, as a share of what the model's weights take."""

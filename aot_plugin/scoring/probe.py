@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .logps import completion_token_logps
-from .prompts import distinct_prompts, shared_rows, unpadded
+from .shared_prompts import distinct_prompts, shared_rows, unpadded
 
 LONGEST = 1024
 """Tokens of the longest row of a probe."""
