@@ -9,14 +9,16 @@ asks for names: the rows are scored again, and what differs by more than roundin
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Batch = dict[str, Any]
+from ..scoring.model_input import Batch
+from ..scoring.scorer import Scorer
+from ..step.engine import MicroBatch
 
 TIMES_NOISE = 5
 """Times the measured rounding that two computations of the same number may differ."""
@@ -150,6 +152,50 @@ def _random_rounding(model: Any, eps: float) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def check_start(
+    scorer: Scorer,
+    batch: MicroBatch,
+    model: nn.Module,
+    settings: Any,
+    *,
+    several: bool,
+    resumed: bool,
+    gather: Callable[[Tensor], Tensor],
+) -> None:
+    """Refuses a random network and a wrong reference, on every rank at once.
+
+    Args:
+        batch: the first micro-batch.
+        model: the policy, not wrapped.
+        settings: the training arguments.
+        several: whether a step scores its rows in one pass and differentiates them in another.
+        resumed: the policy has left its reference already.
+        gather: numbers of this rank, [1, k] -> those of all ranks, [ranks, k].
+
+    Raises:
+        ValueError: naming what looks guilty.
+    """
+    half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
+    first = first_scores(scorer.logps, scorer.logps_apart, batch.inputs, model, half)
+
+    def worst_of_ranks(found: Difference) -> Difference:
+        numbers = torch.tensor([[*astuple(found)]], device=settings.device)
+        ranks = (Difference(*rank) for rank in gather(numbers).tolist())
+        return max(ranks, key=lambda found: found.excess)
+
+    found = worst_of_ranks(randomness(first))
+    if found and several:
+        raise ValueError(random_network(found, model, settings))
+    if resumed:
+        return
+    reference = batch.ref_logps
+    if reference is None:
+        reference = scorer.reference_logps(batch.inputs)
+    found = worst_of_ranks(reference_error(first, reference))
+    if found:
+        raise ValueError(wrong_reference(found, model, settings))
 
 
 def randomness(first: FirstScores) -> Difference:

@@ -8,9 +8,6 @@ last micro-batches. They are read for the sake of the wrapper, and count for not
 
 from accelerate import Accelerator
 
-DISTINCT_KEY = "aot_distinct"
-"""Key of an epoch's last micro-batch: how many of its rows, the first ones, are not repeated."""
-
 
 def distinct_rows(total: int, size: int, ranks: int) -> list[int]:
     """How many rows of each rank's last micro-batch of an epoch are not repeated.

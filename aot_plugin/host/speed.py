@@ -2,17 +2,10 @@
 
 from typing import Any
 
-from torch import nn
 from transformers import Trainer
 
 from ..scoring.logps import why_head_is_not_chunked
-
-HELD_SHARE = 1 / 3
-"""Memory that held gradients may take in a step, as a share of what the model's weights take."""
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+from ..step.budget import Permits, gradients_that_fit
 
 
 def why_graph_is_not_kept(trainer: Trainer) -> str | None:
@@ -38,11 +31,9 @@ def why_graph_is_not_kept(trainer: Trainer) -> str | None:
     return f"the model is wrapped in {type(trainer.model_wrapped).__name__}"
 
 
-def gradients_that_fit(model: nn.Module) -> int:
-    """How many copies of the trainable parameters' gradients may be held."""
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    gradient = sum(parameter.nbytes for parameter in trainable(model))
-    return int(weights * HELD_SHARE / gradient)
+def permits(trainer: Trainer) -> Permits:
+    """What stands in the way of the carries that need no second forward pass."""
+    return Permits(why_graph_is_not_kept(trainer), why_gradients_are_not_held(trainer))
 
 
 def why_gradients_are_not_held(trainer: Trainer) -> str | None:

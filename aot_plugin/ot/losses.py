@@ -7,6 +7,7 @@ policy's log-probabilities; nothing else of the model is visible here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from .transport import SortKind, transport_value
 @dataclass(frozen=True)
 class PairedLogps:
     """Sequence log-probabilities of n preference pairs, each of shape [n], float64, in nats."""
+
+    sequences_per_row: ClassVar[int] = 2
 
     chosen: Tensor
     rejected: Tensor
@@ -45,6 +48,8 @@ class PairedLogps:
 class UnpairedLogps:
     """Sequence log-probabilities of labelled rows: ``logps``, ``ref_logps`` [n + m] float64 in
     nats, ``is_positive`` [n + m] bool; n positive and m negative rows in any order."""
+
+    sequences_per_row: ClassVar[int] = 1
 
     logps: Tensor
     ref_logps: Tensor

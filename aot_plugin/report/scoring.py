@@ -277,13 +277,14 @@ def _logps(
     from tqdm import tqdm
 
     from ..scoring.logps import sequence_logps
+    from ..scoring.model_input import padded_rows
 
     logps = np.empty(len(sequences))
     lengths = [len(s.prompt) + len(s.completion) for s in sequences]
     with torch.inference_mode(), tqdm(total=len(sequences), desc=description, unit="seq") as bar:
         for batch in batches_by_length(lengths, batch_tokens):
             inputs = _padded([sequences[i] for i in batch], model.device)
-            found = sequence_logps(model, model.get_output_embeddings(), inputs)
+            found = sequence_logps(model, model.get_output_embeddings(), padded_rows(inputs))
             logps[batch] = found.double().cpu().numpy()
             bar.update(len(batch))
     return logps

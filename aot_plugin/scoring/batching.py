@@ -9,13 +9,13 @@ prompt be encoded once, where that is less work.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .cost import Cost
+from .model_input import Batch
 from .shared_prompts import (
     Layout,
     blocks_of,
@@ -24,15 +24,6 @@ from .shared_prompts import (
     tokens_of,
     unpadded,
 )
-
-WEIGHT_KEY = "aot_weight"
-"""Key of a collated batch that holds dL/dlogp of its sequences."""
-
-NUMBER_KEY = "aot_number"
-"""Key of a batch as the host collated it: its number in the step, from 0."""
-
-LOGPS_KEY = "aot_logps"
-"""Key of a collated batch that was scored with gradient: the log-probabilities, with graph."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,7 @@ class Sequences:
         return len(self.input_ids)
 
     @classmethod
-    def from_batches(cls, batches: Sequence[dict[str, Any]]) -> "Sequences":
+    def from_batches(cls, batches: Sequence[Batch]) -> "Sequences":
         """The rows of the host's collated batches, in order, with their padding removed."""
         parts = [unpadded(batch) for batch in batches]
         return cls(
@@ -107,7 +98,7 @@ class Sequences:
         blocks = [(tokens, [row]) for row, tokens in enumerate(self.lengths())]
         return sorted(blocks, key=lambda block: -block[0])
 
-    def collate(self, rows: Sequence[int], pad_token_id: int, multiple: int = 1) -> dict[str, Any]:
+    def collate(self, rows: Sequence[int], pad_token_id: int, multiple: int = 1) -> Batch:
         """A right-padded batch of these rows, its width rounded up to a multiple."""
         ids = [self.input_ids[row] for row in rows]
         completion = [self.completion_mask[row] for row in rows]

@@ -2,59 +2,47 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cost import Cost
 from .lm_head import token_logps
-from .shared_prompts import SEQUENCE_KEY, share_prompts
+from .model_input import ModelInput
 
 
-def sequence_logps(
-    model: nn.Module, head: nn.Module, batch: dict[str, Any], cost: Cost | None = None
-) -> Tensor:
-    """log pi(completion | prompt) of each row: the sum over its completion tokens.
+def sequence_logps(model: nn.Module, head: nn.Module, inputs: ModelInput) -> Tensor:
+    """log pi(completion | prompt) of each sequence: the sum over its completion tokens.
 
     Args:
         model: the prepared causal language model. The forward pass goes through it as the trainer
             wrapped it (DDP, DeepSpeed and FSDP hook there).
         head: its output embedding (``model.get_output_embeddings()`` of the unwrapped model).
-        batch: ``input_ids``, ``attention_mask``, ``completion_mask``, each [rows, width] int64.
-        cost: encode a prompt that several rows have only once, where this model's costs say that
-            it pays (see ``prompts``); None where it must not.
+        inputs: the sequences, in any layout.
 
     Returns:
-        [rows] float32, in nats; 0 for a row without completion tokens.
+        [sequences] float32, in nats; 0 for a sequence without completion tokens.
     """
-    rows = len(batch["input_ids"])
-    logps, row_of_token = _token_logps(model, head, _laid_out(batch, cost), None)
+    logps, sequence = _token_logps(model, head, inputs, None)
     # In float64: thousands of float32 terms, added one by one, lose a tenth of a nat.
-    sums = logps.new_zeros(rows, dtype=torch.float64)
-    return sums.index_add(0, row_of_token, logps.double()).float()
+    sums = logps.new_zeros(inputs.sequences, dtype=torch.float64)
+    return sums.index_add(0, sequence, logps.double()).float()
 
 
 def weighted_logps_sum(
-    model: nn.Module,
-    head: nn.Module,
-    batch: dict[str, Any],
-    weights: Tensor,
-    cost: Cost | None = None,
+    model: nn.Module, head: nn.Module, inputs: ModelInput, weights: Tensor
 ) -> Tensor:
-    """sum(weights x ``sequence_logps``) for constant weights [rows] float32: the surrogate of the
-    backward move, in a form that computes the logits once."""
-    return _token_logps(model, head, _laid_out(batch, cost), weights)[0].sum()
+    """sum(weights x ``sequence_logps``) for constant weights [sequences] float32: the surrogate of
+    the backward move, in a form that computes the logits once."""
+    return _token_logps(model, head, inputs, weights)[0].sum()
 
 
 @torch.no_grad()
 def completion_token_logps(
-    model: nn.Module, head: nn.Module, batch: dict[str, Any]
+    model: nn.Module, head: nn.Module, inputs: ModelInput
 ) -> tuple[Tensor, Tensor]:
-    """log p of each completion token [n], those of a sequence in order, and its sequence [n]; of
-    separate rows or of shared ones (``share_prompts``)."""
-    return _token_logps(model, head, batch, None)
+    """log p of each completion token [n], those of a sequence in order, and its sequence [n]."""
+    return _token_logps(model, head, inputs, None)
 
 
 def why_head_is_not_chunked(head: nn.Module) -> str | None:
@@ -70,31 +58,22 @@ def why_head_is_not_chunked(head: nn.Module) -> str | None:
     return None
 
 
-def _laid_out(batch: dict[str, Any], cost: Cost | None) -> dict[str, Any]:
-    return batch if cost is None else share_prompts(batch, cost)
-
-
 def _token_logps(
-    model: nn.Module, head: nn.Module, batch: dict[str, Any], weights: Tensor | None
+    model: nn.Module, head: nn.Module, inputs: ModelInput, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Per completion token its log-probability (with weights: one weighted sum), and its row."""
-    targets_mask = batch["completion_mask"][:, 1:].bool()
+    """Per completion token its log-probability (with weights: one weighted sum), and its
+    sequence."""
+    targets_mask = inputs.completion_mask[:, 1:].bool()
     predicts = F.pad(targets_mask, (0, 1), value=False)
-    targets = batch["input_ids"][:, 1:][targets_mask]
-    if SEQUENCE_KEY in batch:
-        row_of_token = batch[SEQUENCE_KEY][:, 1:][targets_mask]
+    targets = inputs.input_ids[:, 1:][targets_mask]
+    if inputs.sequence is None:
+        sequence = targets_mask.nonzero()[:, 0]
     else:
-        row_of_token = targets_mask.nonzero()[:, 0]
-    token_weights = None if weights is None else weights[row_of_token]
-
-    inputs = {
-        name: batch[name]
-        for name in ("input_ids", "attention_mask", "position_ids")
-        if name in batch
-    }
+        sequence = inputs.sequence[:, 1:][targets_mask]
+    token_weights = None if weights is None else weights[sequence]
 
     def forward() -> Tensor:
-        return model(**inputs, use_cache=False).logits
+        return model(**inputs.arguments(), use_cache=False).logits
 
     # An adapter on the head, or a forward that somebody else has exchanged, is left alone.
     if why_head_is_not_chunked(head) is None:
@@ -111,7 +90,7 @@ def _token_logps(
         with _replaced_forward(head, in_place_of_logits):
             result = forward()
         if len(found) == 1 and _same(result.detach(), found[0].detach()):
-            return result, row_of_token
+            return result, sequence
         # This model does something to its logits (scaling, soft-capping): it needs real ones.
         setattr(head, _NEEDS_LOGITS, True)
 
@@ -126,7 +105,7 @@ def _token_logps(
     if not seen:  # a model that multiplies by the head's weight itself
         logits = logits[predicts]
     logps = -F.cross_entropy(logits.float(), targets, reduction="none")
-    return (logps if token_weights is None else token_weights * logps), row_of_token
+    return (logps if token_weights is None else token_weights * logps), sequence
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

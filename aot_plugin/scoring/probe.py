@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .logps import completion_token_logps
+from .model_input import Batch, ModelInput, padded_rows
 from .shared_prompts import distinct_prompts, shared_rows, unpadded
 
 LONGEST = 1024
@@ -134,26 +135,28 @@ def probe(
     head: Any = unwrapped.get_output_embeddings()
     epsilon = rounding_error(unwrapped, device)
 
-    def score(batch: dict[str, Any], seed: int = 0) -> Tensor:
+    def score(rows: ModelInput, seed: int = 0) -> Tensor:
         """[tokens] log p in the order of sequences. Where the pass draws random numbers, two of
         one shape draw the same."""
-        inputs = {name: values.to(device) for name, values in batch.items()}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            logps, sequence = completion_token_logps(model, head, inputs)
+            logps, sequence = completion_token_logps(model, head, rows)
         return logps.double()[torch.argsort(sequence, stable=True)]
 
-    apart = batch_of(rows[:-1])
+    def separate(rows: Sequence[Row]) -> ModelInput:
+        return padded_rows({name: v.to(device) for name, v in batch_of(rows).items()})
+
+    apart = separate(rows[:-1])
     expected = score(apart)
     embeddings: Any = unwrapped.get_input_embeddings()
     with nudged(embeddings, epsilon):
         rounding = score(apart) - expected
-    first = batch_of(rows[:1])
+    first = separate(rows[:1])
     alone = score(first)
-    beside = score(batch_of([rows[0], rows[-1]]))[: len(alone)]
+    beside = score(separate([rows[0], rows[-1]]))[: len(alone)]
     sharing, error = None, None
     if share:
-        ids, completion = unpadded(apart)
+        ids, completion = unpadded(batch_of(rows[:-1]))
         prompts = distinct_prompts(ids, completion)
         try:
             shared = score(shared_rows(ids, completion, prompts, device))
@@ -161,7 +164,9 @@ def probe(
             error = raised
         else:
             # The first completion of a row stands where it would stand on its own.
-            of_tokens = torch.arange(len(ids)).repeat_interleave(apart["completion_mask"].sum(1))
+            of_tokens = torch.arange(len(ids)).repeat_interleave(
+                torch.tensor([int(mask.sum()) for mask in completion])
+            )
             first_ones = torch.tensor([members[0] for _, members in prompts])
             later = ~torch.isin(of_tokens, first_ones)
             sharing = Difference.of(
@@ -208,7 +213,7 @@ def probe_rows(vocabulary: int, length: int) -> list[Row]:
     ]
 
 
-def batch_of(rows: Sequence[Row]) -> dict[str, Tensor]:
+def batch_of(rows: Sequence[Row]) -> Batch:
     """Right-padded rows as the host's collators make them."""
     ids = [torch.tensor(prompt + completion) for prompt, completion in rows]
     completion = [torch.tensor([0] * len(row[0]) + [1] * len(row[1])) for row in rows]

@@ -15,18 +15,14 @@ takes the layout that costs least work, of those that need no more memory than s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .cost import Cost
-
-SEQUENCE_KEY = "aot_sequence"
-"""Key of a shared batch: [rows, width] int64, which sequence each completion token belongs to."""
-
+from .model_input import Batch, ModelInput, padded_rows
 
 PROMPT, PADDING = 0, -1
 """Branch numbers; those of completions count from 1."""
@@ -111,45 +107,46 @@ def blocks_of(prompt: Prompt, lengths: Sequence[int], cost: Cost, most: int) -> 
     return min([divided(prompt, 1), *filter(fits, choices)], key=work)
 
 
-def share_prompts(batch: dict[str, Any], cost: Cost) -> dict[str, Any]:
-    """The batch with prompts encoded once for several of their sequences; unchanged if that would
-    cost more (``cheapest_layout``).
+def share_prompts(batch: Batch, cost: Cost, multiple: int = 1) -> ModelInput:
+    """The batch with prompts encoded once for several of their sequences; one sequence a row if
+    that would cost more (``cheapest_layout``).
 
     Args:
-        batch: ``input_ids``, ``attention_mask``, ``completion_mask``, each [sequences, width]
-            int64. The prompt of a sequence is what stands before its first completion token.
-
-    Returns:
-        ``input_ids``, ``position_ids``, ``completion_mask`` and ``SEQUENCE_KEY``, each
-        [rows, width] int64, and ``attention_mask`` [rows, 1, width, width] bool: True where a
-        query (third dimension) may look at a key (fourth).
+        multiple: what the width of shared rows is rounded up to.
     """
     ids, completion = unpadded(batch)
     layout = cheapest_layout(distinct_prompts(ids, completion), list(map(len, ids)), cost)
     if not layout.shared:
-        return batch
-    return shared_rows(ids, completion, layout.rows, batch["input_ids"].device)
+        return padded_rows(batch)
+    return shared_rows(ids, completion, layout.rows, batch["input_ids"].device, multiple)
 
 
 def shared_rows(
-    ids: list[Tensor], completion: list[Tensor], rows: Sequence[Prompt], device: torch.device
-) -> dict[str, Any]:
-    """The model's input (see ``share_prompts``) for sequences in these rows."""
-    columns = zip(*(_row(ids, completion, row) for row in rows), strict=True)
+    ids: list[Tensor],
+    completion: list[Tensor],
+    rows: Sequence[Prompt],
+    device: torch.device,
+    multiple: int = 1,
+) -> ModelInput:
+    """Sequences in these rows, which hold a prompt once."""
+    columns = list(zip(*(_row(ids, completion, row) for row in rows), strict=True))
+    width = max(map(len, columns[0]))
+    width += -width % multiple
     input_ids, position_ids, completion_mask, sequence, branch = (
-        pad_sequence(list(column), batch_first=True, padding_value=padding).to(device)
+        torch.stack([F.pad(row, (0, width - len(row)), value=padding) for row in column]).to(device)
         for column, padding in zip(columns, (0, 0, 0, 0, PADDING), strict=True)
     )
-    return {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "completion_mask": completion_mask,
-        SEQUENCE_KEY: sequence,
-        "attention_mask": _mask(branch)[:, None],
-    }
+    return ModelInput(
+        input_ids=input_ids,
+        attention_mask=_mask(branch)[:, None],
+        completion_mask=completion_mask,
+        sequences=len(ids),
+        position_ids=position_ids,
+        sequence=sequence,
+    )
 
 
-def unpadded(batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def unpadded(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """``input_ids`` and ``completion_mask`` of each sequence, [length] int64, in the CPU's memory:
     taking a batch apart waits for no kernel there."""
     keep = batch["attention_mask"].bool().cpu()

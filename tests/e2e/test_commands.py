@@ -239,7 +239,7 @@ def test_one_begin_of_sequence_token(
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
-    from aot_plugin.scoring.batching import Sequences
+    from aot_plugin.step.record import watched_steps
 
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
@@ -254,15 +254,6 @@ def test_one_begin_of_sequence_token(
     tokenizer.save_pretrained(model)
     assert AutoTokenizer.from_pretrained(model)("x")["input_ids"][0] == bos_id
 
-    seen: list[list[int]] = []
-    from_batches = Sequences.from_batches.__func__
-
-    def spy(cls: type, batches: Any) -> Sequences:
-        sequences = from_batches(cls, batches)
-        seen.extend(row.tolist() for row in sequences.input_ids)
-        return sequences
-
-    monkeypatch.setattr(Sequences, "from_batches", classmethod(spy))
     rows = paired_rows(16)
     if mode == "unpaired":
         rows = [
@@ -273,7 +264,9 @@ def test_one_begin_of_sequence_token(
     cfg = config(model, data, tmp_path / "out", aot_mode=mode, max_steps=1)
     if mode == "unpaired":
         cfg["datasets"][0]["type"] = {"field_prompt": "prompt", "field_completion": "completion"}
-    train(cfg)
+    with watched_steps() as steps:
+        train(cfg)
+    seen = [ids for step in steps for ids in step.sequences]
     assert seen
     for ids in seen:
         assert ids[:2].count(bos_id) == 1, ids[:5]

@@ -14,8 +14,9 @@ from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
 from safetensors.torch import load_file
 
 from aot_plugin import trainer
-from aot_plugin.host import speed
 from aot_plugin.ot import losses
+from aot_plugin.step import budget, carry
+from aot_plugin.step.record import watched_steps
 
 pytestmark = pytest.mark.slow
 
@@ -131,22 +132,22 @@ class Held:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
         self.taken = self.used = self.most = 0
         alive: list[Any] = []
-        take, use = trainer.AOTTrainerMixin._logps_and_gradient, trainer.held_surrogate
+        take, use = carry.HoldGradient.score, carry.scaled_gradient
 
-        def counted_take(*args: Any) -> Any:
+        def counted_take(held: carry.HoldGradient) -> Any:
             self.taken += 1
-            logps, gradient = take(*args)
-            alive.append(weakref.ref(gradient[0]))
+            logps = take(held)
+            alive.append(weakref.ref(held._gradient[0]))
             self.most = max(self.most, sum(ref() is not None for ref in alive))
-            return logps, gradient
+            return logps
 
         def counted_use(*args: Any) -> Any:
             self.used += 1
             return use(*args)
 
-        monkeypatch.setattr(trainer.AOTTrainerMixin, "_logps_and_gradient", counted_take)
-        monkeypatch.setattr(trainer, "held_surrogate", counted_use)
-        monkeypatch.setattr(speed, "HELD_SHARE", share)
+        monkeypatch.setattr(carry.HoldGradient, "score", counted_take)
+        monkeypatch.setattr(carry, "scaled_gradient", counted_use)
+        monkeypatch.setattr(budget, "HELD_SHARE", share)
 
 
 SAID = {
@@ -169,7 +170,11 @@ def test_held_gradients(
     held = Held(monkeypatch, (fit + 0.5) * adapter / (base + adapter))
     said: list[str] = []
     monkeypatch.setattr(trainer.LOG, "info", lambda text, *args: said.append(text % args))
-    assert_same(cutter.run(1, 16), whole)
+    with watched_steps() as records:
+        assert_same(cutter.run(1, 16), whole)
+    kept = ["KeepGraph"] * (fit < 16)
+    carries = ["HoldGradient"] * fit + kept + ["Rescore"] * (16 - fit - len(kept))
+    assert [record.carries for record in records] == 5 * [carries]
     assert any(SAID[fit] in line for line in said), said
     assert (held.taken, held.used, held.most) == (5 * fit, 5 * fit, fit)
     assert_differs(cutter.run(2, 8, aot_batch="micro_batch"), whole)
@@ -183,7 +188,7 @@ def test_a_loss_of_more_than_margins_uses_no_held_gradient(
     def lopsided(step: Any, options: Any) -> Any:
         return losses.transport(step, options) - 0.01 * step.chosen.mean()
 
-    monkeypatch.setitem(losses.BUILTIN, "lopsided", lopsided)
+    monkeypatch.setitem(losses.LOSSES, "lopsided", lopsided)
     cutter = Cutter(tmp_path, tiny_model, "paired", **LORA, learning_rate=0.01, aot_loss="lopsided")
     whole = cutter.run(16, 1)
     held = Held(monkeypatch, 100.0)

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
 
-from aot_plugin import trainer
+from aot_plugin.step.record import watched_steps
 
 pytestmark = pytest.mark.slow
 
@@ -17,20 +16,15 @@ pytestmark = pytest.mark.slow
 def test_pad_to_multiple_of(mode: str, accumulation: int, tiny_model: Path, tmp_path: Path) -> None:
     rows = paired_rows(16) if mode == "paired" else unpaired_rows(16)
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    widths: dict[str, set[int]] = {"plain": set(), "padded": set()}
+    widths: dict[str, set[int]] = {}
 
     def run(name: str, **keys: Any) -> Run:
-        logps = trainer.sequence_logps
-
-        def observed(model: Any, head: Any, batch: Any, *sharing: Any) -> Any:
-            if sharing:  # the start check scores the first rows in other layouts too
-                widths[name].add(batch["input_ids"].shape[1])
-            return logps(model, head, batch, *sharing)
-
         keys |= {"gradient_accumulation_steps": accumulation, "dataset_num_proc": 0}
         cfg = config(tiny_model, data, tmp_path / name, aot_mode=mode, max_steps=2, **keys)
-        with mock.patch.object(trainer, "sequence_logps", observed):
-            return train(cfg)
+        with watched_steps() as steps:
+            found = train(cfg)
+        widths[name] = {made.width for step in steps for made in step.passes}
+        return found
 
     plain, padded = run("plain"), run("padded", pad_to_multiple_of=64)
     assert {width % 64 for width in widths["padded"]} == {0} != {w % 64 for w in widths["plain"]}

@@ -12,7 +12,8 @@ from harness import config, paired_rows, train, unpaired_rows, write_rows
 from test_exact_step import LORA, Cutter, assert_differs, assert_same
 
 from aot_plugin import trainer
-from aot_plugin.host import speed
+from aot_plugin.step import budget
+from aot_plugin.step.carry import HoldGradient
 
 pytestmark = pytest.mark.slow
 
@@ -93,14 +94,14 @@ def test_out_of_memory_in_the_middle_of_a_step(
 ) -> None:
     """Whoever catches it gets back what the step held, and can train on."""
     mixin = trainer.AOTTrainerMixin
-    take, compute_loss, whole_train = mixin._logps_and_gradient, mixin.compute_loss, mixin.train
+    take, compute_loss, whole_train = HoldGradient.score, mixin.compute_loss, mixin.train
     held: list[Any] = []
     calls: list[int] = []
 
-    def recorded(*args: Any) -> Any:
-        logps, gradient = take(*args)
-        held.append(weakref.ref(gradient[0]))
-        return logps, gradient
+    def recorded(carry: HoldGradient) -> Any:
+        logps = take(carry)
+        held.append(weakref.ref(carry._gradient[0]))
+        return logps
 
     def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -119,8 +120,8 @@ def test_out_of_memory_in_the_middle_of_a_step(
     keys = {**LORA, **IN_PROCESS, "max_steps": 2}
     cutter = Cutter(tmp_path, tiny_model, "unpaired", **keys)
     whole = cutter.run(1, 8)
-    monkeypatch.setattr(mixin, "_logps_and_gradient", recorded)
+    monkeypatch.setattr(HoldGradient, "score", recorded)
     monkeypatch.setattr(mixin, "compute_loss", failing)
     monkeypatch.setattr(mixin, "train", train_again)
-    monkeypatch.setattr(speed, "HELD_SHARE", 100.0)
+    monkeypatch.setattr(budget, "HELD_SHARE", 100.0)
     assert_same(cutter.run(1, 8), whole, steps=2)

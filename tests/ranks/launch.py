@@ -56,33 +56,26 @@ FAULTS: dict[str, Callable[..., Any]] = {"die": die, "not_finite": not_finite}
 
 
 @contextlib.contextmanager
-def observed(job: dict[str, str], problems: list[list[int]]) -> Iterator[None]:
-    """Collects [micro-batches, positives, sequences] of this rank in each transport problem, less
-    its repeated rows; asserts what wraps the model, and lets the job's fault happen."""
-    from aot_plugin.trainer import AOTTrainerMixin
+def observed(job: dict[str, str]) -> Iterator[None]:
+    """Asserts what wraps the model in every training step, and lets the job's fault happen."""
+    from aot_plugin import trainer
 
-    transport, policy_logps = AOTTrainerMixin._transport, AOTTrainerMixin._policy_logps
+    training_step = trainer.AOTTrainerMixin.training_step
 
-    def recording(self: Any, logps: Any, ref: Any, labels: Any, distinct: Any) -> torch.Tensor:
+    def faulty(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         assert type(self.model_wrapped).__name__.startswith(WRAPPERS[job["wrapper"]])
         assert self.accelerator.num_processes == torch.distributed.get_world_size() == WORLD_SIZE
-        counts = int((labels & distinct).sum()), int(distinct.sum())
-        problems.append([self._micro_batches, *counts])
-        return transport(self, logps, ref, labels, distinct)
-
-    def faulty(self: Any, *args: Any) -> torch.Tensor:
         if "fault" in job and self.state.global_step == 1 and RANK == WORLD_SIZE - 1:
             head = self.model.get_output_embeddings()
             head.register_forward_pre_hook(FAULTS[job["fault"]])
-        return policy_logps(self, *args)
+        return training_step(self, *args, **kwargs)
 
     with contextlib.ExitStack() as stack:
         patch = mock.patch.object
-        stack.enter_context(patch(AOTTrainerMixin, "_transport", recording))
-        stack.enter_context(patch(AOTTrainerMixin, "_policy_logps", faulty))
+        stack.enter_context(patch(trainer.AOTTrainerMixin, "training_step", faulty))
         if job.get("repeats") == "count":
-            nothing = patch(AOTTrainerMixin, "_mark_repeated_rows", lambda *_: None)
-            stack.enter_context(nothing)
+            every_row = patch(trainer, "distinct_rows", lambda _, size, ranks: [size] * ranks)
+            stack.enter_context(every_row)
         yield
 
 
@@ -130,12 +123,14 @@ def train(job: dict[str, str]) -> None:
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import do_train
 
+    from aot_plugin.step.record import watched_steps
+
     result = Path(job["config"]).with_suffix(f".rank{RANK}")
-    problems: list[list[int]] = []
     if "remove" in job:
         Path(job["remove"]).unlink()
+    steps = []
     try:
-        with cpu_ranks(job["wrapper"]), observed(job, problems):
+        with cpu_ranks(job["wrapper"]), observed(job), watched_steps() as steps:
             cfg = load_cfg(job["config"])
             cfg.device_map = {"": "cpu"}
             do_train(cfg, TrainerCliArgs())
@@ -143,6 +138,11 @@ def train(job: dict[str, str]) -> None:
         result.with_suffix(result.suffix + ".txt").write_text(traceback.format_exc())
         if not {"fault", "fails"} & job.keys():
             raise
+    problems = [
+        [step.micro_batches, problem.positives, problem.sequences]
+        for step in steps
+        for problem in step.problems
+    ]
     result.with_suffix(result.suffix + ".json").write_text(json.dumps(problems))
     reset_host()
 

@@ -192,21 +192,15 @@ def test_rows_arrive_in_their_order(
     mode: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two files, one after the other, each line once; and not without the key."""
-    from aot_plugin import trainer
+    from aot_plugin.step.record import watched_steps
 
-    order: list[int] = []
-    original = trainer.AOTTrainerMixin.get_batch_samples
+    def lengths(step: Any) -> list[int]:
+        """Of the prompts' rows: the responses are of one length, chosen ones come first."""
+        per_batch = len(step.sequences) // step.micro_batches
+        rows = per_batch // (2 if mode == "paired" else 1)
+        starts = range(0, len(step.sequences), per_batch)
+        return [len(ids) for start in starts for ids in step.sequences[start : start + rows]]
 
-    def watch(self: Any, iterator: Any, number: int, device: Any) -> Any:
-        batches, _ = super(trainer.AOTTrainerMixin, self).get_batch_samples(
-            iterator, number, device
-        )
-        for batch in batches:
-            rows = len(batch["input_ids"]) // (2 if mode == "paired" else 1)
-            order.extend(batch["attention_mask"][:rows].sum(dim=1).tolist())
-        return original(self, iter(batches), number, device)
-
-    monkeypatch.setattr(trainer.AOTTrainerMixin, "get_batch_samples", watch)
     lines = [row_of_length(n, mode) for n in range(16)]
     files = [write_rows(tmp_path / f"{i}.jsonl", lines[8 * i : 8 * i + 8]) for i in range(2)]
     kind = "chat_template.default" if mode == "paired" else "chatml.ultra"
@@ -214,8 +208,10 @@ def test_rows_arrive_in_their_order(
     keys: dict[str, Any] = {"aot_mode": mode, "max_steps": 2, "dataset_num_proc": 0}
     keys |= {"datasets": [{**entry, "path": str(file)} for file in files]}
     for in_order in (True, False):
-        order.clear()
-        train(config(tiny_model, files[0], tmp_path / "out", **keys, curriculum_sampling=in_order))
+        with watched_steps() as steps:
+            out = tmp_path / "out"
+            train(config(tiny_model, files[0], out, **keys, curriculum_sampling=in_order))
+        order = [length for step in steps for length in lengths(step)]
         assert len(order) == 16
         assert (order == sorted(order)) == in_order
 

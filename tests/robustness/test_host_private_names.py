@@ -72,11 +72,15 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+def own_bases(trainer: type) -> list[type]:
+    return [base for base in trainer.__mro__ if base.__module__.startswith("aot_plugin.")]
+
+
 def overridden() -> list[tuple[type, type, str]]:
     return [
         (mine, host, name)
         for mine, host in TRAINERS.items()
-        for name in sorted({*vars(ours.AOTTrainerMixin), *vars(mine)})
+        for name in sorted({name for base in own_bases(mine) for name in vars(base)})
         if inspect.isfunction(getattr(mine, name)) and hasattr(host, name) and name != "__init__"
     ]
 

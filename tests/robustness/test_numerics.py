@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 from aot_plugin.ot import penalties
 from aot_plugin.ot.losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps, transport
 from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
+from aot_plugin.scoring.model_input import padded_rows
 
 VOCABULARY = 500
 
@@ -58,7 +59,7 @@ def step_gradient(model: LlamaForCausalLM, batch: dict[str, Tensor], dtype: torc
     model.zero_grad()
     head = model.get_output_embeddings()
     with torch.no_grad(), autocast:
-        logps = sequence_logps(model, head, batch)
+        logps = sequence_logps(model, head, padded_rows(batch))
     assert logps.dtype == torch.float32
     leaf = logps.double().requires_grad_()
     positive = torch.arange(len(leaf)) < len(leaf) // 2
@@ -66,7 +67,7 @@ def step_gradient(model: LlamaForCausalLM, batch: dict[str, Tensor], dtype: torc
     (weights,) = torch.autograd.grad(transport(step, LossOptions(penalties.logistic, 0.01)), leaf)
     scale = 2.0**16 if dtype == torch.float16 else 1.0
     with autocast:
-        surrogate = weighted_logps_sum(model, head, batch, weights.float())
+        surrogate = weighted_logps_sum(model, head, padded_rows(batch), weights.float())
     (scale * surrogate).backward()
     return torch.cat([p.grad.flatten() / scale for p in model.parameters()])
 
@@ -106,9 +107,9 @@ def test_a_sequence_of_8192_tokens() -> None:
     with torch.no_grad():
         exact = oracle_logps(model, batch)
         head = model.get_output_embeddings()
-        logps = sequence_logps(model, head, batch)
+        logps = sequence_logps(model, head, padded_rows(batch))
         with torch.autocast("cpu", torch.bfloat16):
-            half = sequence_logps(model, head, batch)
+            half = sequence_logps(model, head, padded_rows(batch))
     assert exact.item() < -20_000
     assert (logps - exact).abs().item() < 0.01
     assert relative_error(half, exact) < 1e-3
@@ -116,7 +117,9 @@ def test_a_sequence_of_8192_tokens() -> None:
 
 def test_8192_tokens_have_the_gradient_of_the_oracle() -> None:
     model, batch = llama(8192), batch_of(1, 8192, 16, seed=1)
-    weighted_logps_sum(model, model.get_output_embeddings(), batch, torch.tensor([0.5])).backward()
+    weighted_logps_sum(
+        model, model.get_output_embeddings(), padded_rows(batch), torch.tensor([0.5])
+    ).backward()
     exact = LlamaForCausalLM(model.config).double()
     exact.load_state_dict(model.state_dict())
     logits = exact(batch["input_ids"]).logits[0, 15:-1]

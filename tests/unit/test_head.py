@@ -13,6 +13,7 @@ from transformers import (
 from aot_plugin.scoring import lm_head as head_module
 from aot_plugin.scoring.lm_head import token_logps
 from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
+from aot_plugin.scoring.model_input import padded_rows
 
 VOCABULARY, WIDTH, TOKENS = 50, 8, 33
 SMALL = {
@@ -107,8 +108,8 @@ def test_what_a_model_does_to_its_logits_counts(kind: str, chunked: None) -> Non
 
     head = model.get_output_embeddings()
     for _ in range(2):  # the second time what the first one found out is known
-        torch.testing.assert_close(sequence_logps(model, head, batch), expected)
-        total = weighted_logps_sum(model, head, batch, weights)
+        torch.testing.assert_close(sequence_logps(model, head, padded_rows(batch)), expected)
+        total = weighted_logps_sum(model, head, padded_rows(batch), weights)
         for found, grad in zip(torch.autograd.grad(total, parameters), expected_grads, strict=True):
             torch.testing.assert_close(found, grad, rtol=1e-4, atol=1e-6)
     assert "forward" not in vars(head)

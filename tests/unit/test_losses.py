@@ -17,6 +17,7 @@ from aot_plugin.ot.losses import LossOptions, PairedLogps, UnpairedLogps, transp
 from aot_plugin.ot.penalties import PENALTIES, logistic, smoothed
 from aot_plugin.ot.transport import recoupled_fraction
 from aot_plugin.scoring.logps import sequence_logps
+from aot_plugin.scoring.model_input import padded_rows
 
 PAIRS, BETA = 32, 0.1
 
@@ -83,10 +84,10 @@ def trl_loss(
 
 
 def our_step(trainer: DPOTrainer, batch: dict[str, Any], paired: bool) -> Any:
-    logps = sequence_logps(trainer.model, trainer.model.get_output_embeddings(), batch)
+    logps = sequence_logps(trainer.model, trainer.model.get_output_embeddings(), padded_rows(batch))
     with torch.no_grad():
         head = trainer.ref_model.get_output_embeddings()
-        ref_logps = sequence_logps(trainer.ref_model, head, batch)
+        ref_logps = sequence_logps(trainer.ref_model, head, padded_rows(batch))
     is_positive = torch.arange(2 * PAIRS) < PAIRS
     step_class = PairedLogps if paired else UnpairedLogps
     return step_class.from_sequences(logps.double(), ref_logps.double(), is_positive)
@@ -233,7 +234,7 @@ def test_sequence_logps_equal_the_full_logits(tiny_llama: LlamaForCausalLM, side
     batch = padded_batch(side, LENGTHS, tiny_llama.config.vocab_size)
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
     expected = naive_logps(tiny_llama, batch)
-    actual = sequence_logps(tiny_llama, tiny_llama.get_output_embeddings(), batch)
+    actual = sequence_logps(tiny_llama, tiny_llama.get_output_embeddings(), padded_rows(batch))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert actual[3] == 0  # no completion tokens
     expected_gradient = flat_gradient(tiny_llama, (weights * expected).sum())
@@ -244,7 +245,7 @@ def test_sequence_logps_equal_the_full_logits(tiny_llama: LlamaForCausalLM, side
 
 def test_a_batch_without_completion_tokens_is_zero(tiny_llama: LlamaForCausalLM):
     batch = padded_batch("right", [(3, 0), (5, 0)], tiny_llama.config.vocab_size)
-    logps = sequence_logps(tiny_llama, tiny_llama.get_output_embeddings(), batch)
+    logps = sequence_logps(tiny_llama, tiny_llama.get_output_embeddings(), padded_rows(batch))
     assert logps.tolist() == [0.0, 0.0]
     assert not flat_gradient(tiny_llama, logps.sum()).any()
 
@@ -255,7 +256,7 @@ def test_the_side_of_the_padding_does_not_matter(tiny_llama: LlamaForCausalLM):
         sequence_logps(
             tiny_llama,
             tiny_llama.get_output_embeddings(),
-            padded_batch(side, LENGTHS, tiny_llama.config.vocab_size),
+            padded_rows(padded_batch(side, LENGTHS, tiny_llama.config.vocab_size)),
         )
         for side in ("left", "right")
     )
@@ -266,7 +267,7 @@ def test_full_logits_are_never_held(tiny_llama: LlamaForCausalLM):
     batch = padded_batch("right", LENGTHS, tiny_llama.config.vocab_size)
     head, shapes = tiny_llama.get_output_embeddings(), []
     with head.register_forward_hook(lambda module, args, output: shapes.append(output.shape)):
-        sequence_logps(tiny_llama, head, batch)
+        sequence_logps(tiny_llama, head, padded_rows(batch))
     assert shapes == [(sum(c for _, c in LENGTHS),)]  # a number per completion token
     assert "forward" not in vars(head)  # the model is left as it was
     assert not head._forward_pre_hooks
@@ -283,5 +284,5 @@ def test_a_model_that_does_not_call_its_head(tiny_llama: LlamaForCausalLM):
             return output
 
     batch = padded_batch("right", LENGTHS, tiny_llama.config.vocab_size)
-    actual = sequence_logps(Headless(), tiny_llama.lm_head, batch)
+    actual = sequence_logps(Headless(), tiny_llama.lm_head, padded_rows(batch))
     torch.testing.assert_close(actual, naive_logps(tiny_llama, batch), rtol=1e-5, atol=1e-5)

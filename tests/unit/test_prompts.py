@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Conf
 
 from aot_plugin.scoring.cost import Cost
 from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
+from aot_plugin.scoring.model_input import padded_rows
 from aot_plugin.scoring.shared_prompts import (
-    SEQUENCE_KEY,
     blocks_of,
     cheapest_layout,
     distinct_prompts,
@@ -92,13 +92,13 @@ def test_log_probabilities_and_gradients_are_those_of_separate_rows(model, batch
     weights = torch.linspace(-1, 1, len(batch["input_ids"])).double()
     found = {}
     for share in (False, True):
-        cost = BY_TOKENS if share else None
         model.zero_grad()
-        logps = sequence_logps(model, head, batch, cost)
+        inputs = share_prompts(batch, BY_TOKENS) if share else padded_rows(batch)
+        logps = sequence_logps(model, head, inputs)
         (weights * logps).sum().backward()
         gradients = [p.grad.clone() for p in model.parameters()]
         model.zero_grad()
-        weighted_logps_sum(model, head, batch, weights.float(), cost).backward()
+        weighted_logps_sum(model, head, inputs, weights.float()).backward()
         fused = [p.grad.clone() for p in model.parameters()]
         found[share] = (logps.detach(), gradients, fused)
     torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-5, atol=1e-5)
@@ -110,12 +110,12 @@ def test_log_probabilities_and_gradients_are_those_of_separate_rows(model, batch
 def test_a_pair_takes_one_row_and_the_prompt_once():
     prompt, chosen, rejected = [6, 7, 8, 9], [10, 11, 12], [13, 14]
     shared = share_prompts(batch_of([(prompt, chosen), (prompt, rejected)]), BY_TOKENS)
-    assert shared["input_ids"].tolist() == [[6, 7, 8, 9, 10, 11, 12, 9, 13, 14]]
-    assert shared["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 3, 4, 5]]
-    assert shared["completion_mask"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 0, 1, 1]]
-    marked = shared["completion_mask"].bool()
-    assert shared[SEQUENCE_KEY][marked].tolist() == [0, 0, 0, 1, 1]
-    sees = shared["attention_mask"][0, 0]
+    assert shared.input_ids.tolist() == [[6, 7, 8, 9, 10, 11, 12, 9, 13, 14]]
+    assert shared.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 3, 4, 5]]
+    assert shared.completion_mask.tolist() == [[0, 0, 0, 0, 1, 1, 1, 0, 1, 1]]
+    marked = shared.completion_mask.bool()
+    assert shared.sequence[marked].tolist() == [0, 0, 0, 1, 1]
+    sees = shared.attention_mask[0, 0]
     assert sees[9].nonzero()[:, 0].tolist() == [0, 1, 2, 7, 8, 9]
     assert sees[6].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
 
@@ -123,9 +123,9 @@ def test_a_pair_takes_one_row_and_the_prompt_once():
 def test_a_batch_that_would_grow_is_left_alone():
     """Rows of one prompt each, and a short prompt whose completions are longer in one row."""
     apart = batch_of([([6, 7], [8, 9]), ([6, 8], [8, 9])])
-    assert share_prompts(apart, BY_TOKENS) is apart
+    assert share_prompts(apart, BY_TOKENS) == padded_rows(apart)
     short = batch_of([([6], [8, 9]), ([6], [9, 8])])
-    assert share_prompts(short, BY_TOKENS) is short
+    assert share_prompts(short, BY_TOKENS) == padded_rows(short)
 
 
 @given(batch=batches(), most=st.integers(1, 60), pair=st.sampled_from([0.0, 0.01, 1.0]))
@@ -138,7 +138,7 @@ def test_rows_of_a_prompt_stand_in_blocks_that_fit(batch, most, pair):
         assert [row for _, rows in blocks for row in rows] == prompt[1]
         for block in blocks:
             assert len(block[1]) == 1 or tokens_of(block, lengths) <= most
-            (shared,) = shared_rows(ids, completion, [block], torch.device("cpu"))["input_ids"]
+            (shared,) = shared_rows(ids, completion, [block], torch.device("cpu")).input_ids
             assert len(shared) == tokens_of(block, lengths)
 
 

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from aot_plugin.scoring.batching import Sequences, split_by_tokens
 from aot_plugin.scoring.cost import Cost
 from aot_plugin.scoring.logps import sequence_logps
+from aot_plugin.scoring.model_input import padded_rows
 from aot_plugin.scoring.shared_prompts import cheapest_layout, distinct_prompts
 
 PAD = 7
@@ -162,7 +163,9 @@ def test_any_grouping_gives_the_same_gradient(tiny_llama: LlamaForCausalLM, seed
         tiny_llama.zero_grad()
         for group in groups:
             batch = sequences.collate(group, 0, multiple)
-            logps = sequence_logps(tiny_llama, tiny_llama.get_output_embeddings(), batch)
+            logps = sequence_logps(
+                tiny_llama, tiny_llama.get_output_embeddings(), padded_rows(batch)
+            )
             (weights[list(group)] * logps).sum().backward()
         return torch.cat([p.grad.flatten() for p in tiny_llama.parameters()])
 

@@ -1,0 +1,132 @@
+"""Evaluation: one transport problem over the whole evaluation set."""
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from axolotl.utils.logging import get_logger
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalPrediction
+
+from ..ot.losses import PairedLogps
+from ..report import Scores, log_figure_to_loggers, record_evaluation
+from ..scoring.model_input import Batch
+from ..scoring.scorer import Scorer
+from ..step.engine import MicroBatch, Objective, check_finite
+from ..step.metrics import step_metrics
+
+LOG = get_logger("axolotl.aot_plugin.evaluation")
+
+
+class EvaluationMixin(Trainer):
+    """The host's evaluation loop gathers our columns over batches and ranks (and drops the rows
+    that it repeated to fill the last batch); one problem is solved on all of them, so the result
+    does not depend on the batch size."""
+
+    args: Any
+    beta: float
+    _eval_name = "eval"
+
+    @property
+    def _scorer(self) -> Scorer:
+        raise NotImplementedError
+
+    @property
+    def _objective(self) -> Objective:
+        raise NotImplementedError
+
+    def _micro_batch(self, batch: Batch) -> MicroBatch:
+        raise NotImplementedError
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        # `axolotl evaluate` knows no step: it must not write over the evaluation before the first.
+        self._eval_name = metric_key_prefix if self.is_in_train else "evaluate"
+        self.compute_metrics = self._evaluate_columns
+        return super().evaluation_loop(
+            dataloader, description, False, ignore_keys, metric_key_prefix
+        )
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """Per data row: (logp, reference logp, label, completion tokens) of each sequence."""
+        batch = self._micro_batch(self._prepare_inputs(inputs))
+        logps = self._scorer.logps(batch.inputs, model)
+        ref_logps = batch.ref_logps
+        if ref_logps is None:
+            ref_logps = self._scorer.reference_logps(batch.inputs, model)
+        tokens = batch.inputs["completion_mask"][:, 1:].sum(dim=1)
+        columns = torch.stack([logps, ref_logps, batch.is_positive, tokens], dim=1).double()
+        row = self._objective.step_class.sequences_per_row
+        per_row = columns.unflatten(0, (row, -1)).transpose(0, 1)
+        return None, per_row.contiguous(), torch.ones(len(per_row), device=per_row.device)
+
+    def _evaluate_columns(self, prediction: EvalPrediction) -> dict[str, float]:
+        columns = np.asarray(prediction.predictions, dtype=np.float64)
+        rows = torch.from_numpy(columns).flatten(0, 1)
+        check_finite(rows, f"the evaluation after step {self.state.global_step}")
+        sequences = rows[:, 0], rows[:, 1], rows[:, 2].bool()
+        metrics = {"loss": self._objective(*sequences).item()}
+        step = self._objective.step(*sequences)
+        if len(step.u) == 0 or len(step.v) == 0:
+            LOG.warning("the evaluation set holds one label only: there is nothing to compare")
+            return metrics
+        metrics |= step_metrics(step, self.beta)
+        if self.args.aot_report and self.is_world_process_zero():
+            metrics |= self._record(columns)
+        return metrics
+
+    def _record(self, columns: np.ndarray) -> dict[str, float]:
+        """Write the evaluation and its quantile plot into the output directory, hand the plot to
+        the loggers that take images; returns the bootstrap intervals for the log."""
+        step = self.state.global_step
+        make = _paired if self._objective.step_class is PairedLogps else _unpaired
+        scores = make(columns, beta=self.beta, step=step, eval_set=self._eval_name)
+        written = record_evaluation(scores, self.args.output_dir)
+        if "plot" in written:
+            log_figure_to_loggers(
+                written["plot"], step, self.args.report_to, self.callback_handler.callbacks
+            )
+        if "summary" not in written:
+            return {}
+        intervals = json.loads(written["summary"].read_text())["margins"]["intervals"]
+        return {
+            f"aot/{name}_{end}": value
+            for name in ("violation_fraction", "violation_amount")
+            for end, value in zip(("low", "high"), intervals[name], strict=True)
+        }
+
+
+def _paired(columns: np.ndarray, **common: Any) -> Scores:
+    """Of the rows of ``prediction_step``, [rows, 2, 4]."""
+    chosen, rejected = columns[:, 0], columns[:, 1]
+    return Scores.paired(
+        chosen_logps=chosen[:, 0],
+        rejected_logps=rejected[:, 0],
+        ref_chosen_logps=chosen[:, 1],
+        ref_rejected_logps=rejected[:, 1],
+        chosen_tokens=chosen[:, 3],
+        rejected_tokens=rejected[:, 3],
+        **common,
+    )
+
+
+def _unpaired(columns: np.ndarray, **common: Any) -> Scores:
+    """Of the rows of ``prediction_step``, [rows, 1, 4]."""
+    logps, ref_logps, label, tokens = columns[:, 0].T
+    return Scores.unpaired(
+        logps=logps, ref_logps=ref_logps, label=label.astype(bool), tokens=tokens, **common
+    )

@@ -1,0 +1,84 @@
+"""Reference log-probabilities before the first step: TRL's pass, under our names of its files."""
+
+from pathlib import Path
+from typing import Any
+
+from axolotl.utils.logging import get_logger
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer
+
+from ..digests import digest
+from .adapters import settle_reference
+from .loaded_models import begin_as_policy
+from .nodes import EachNodeWrites
+from .reference_cache import Identity, identify, reference_file, rows_digest
+
+LOG = get_logger("axolotl.aot_plugin.precompute")
+
+CACHED_FOR = (
+    *("max_length", "truncation_mode", "bf16", "fp16", "tf32", "disable_dropout"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+)
+"""Training arguments that reference log-probabilities depend on."""
+
+
+class PrecomputeMixin(Trainer):
+    """``precompute_ref_log_probs`` with a cache that later runs find (see ``reference_cache``)."""
+
+    args: Any
+    model: Any
+    ref_model: nn.Module | None
+    # Known before construction ends: TRL precomputes reference log-probabilities there.
+    _only_evaluates: bool
+    _reference_is_settled = False
+    _reference: Identity | None = None
+
+    def _settle_reference(self) -> None:
+        # Once, since the policy is trained afterwards; and before TRL precomputes in __init__.
+        if self._reference_is_settled:
+            return
+        settle_reference(self.model, self._only_evaluates)
+        changed = []
+        if self.ref_model is not None and not isinstance(self.model, PeftModel):
+            changed = begin_as_policy(self.ref_model, self.model)
+        if changed:
+            LOG.info("the reference begins with the policy's %s", ", ".join(changed))
+        self._reference_is_settled = True
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL's, in a file that later runs with the same reference and tokens find again: beside
+        the prepared rows, named by all that they depend on."""
+        self._settle_reference()
+
+        def identity() -> Identity:
+            if self._reference is not None:  # of other rows: a pass may change a model's buffers
+                return self._reference._replace(rows=rows_digest(dataset))
+            settings = {name: getattr(self.args, name, None) for name in CACHED_FOR}
+            settings["autocast"] = self.accelerator.mixed_precision
+            self._reference = identify(dataset, self.model, self.ref_model, settings)
+            return self._reference
+
+        file, is_there = reference_file(Path(self.args.aot_reference_folder), identity)
+        if is_there:
+            LOG.info("the %s dataset's reference log-probabilities are read: %s", name, file)
+
+        # `datasets` finds what it has made of a dataset by its fingerprint, and TRL's for the new
+        # columns knows rows and weights only: it may name what belongs to another reference.
+        if dataset._indices is not None:
+            dataset = dataset.flatten_indices()
+        dataset._fingerprint = digest([dataset._fingerprint, file.name])[:16]
+
+        def path(fingerprint: str) -> str:
+            del dataset._get_cache_file_path  # whatever else is cached has a file of its own
+            return str(file)
+
+        dataset._get_cache_file_path = path
+        accelerator: Any = self.accelerator
+        self.accelerator = EachNodeWrites(accelerator)
+        try:
+            return super()._precompute_ref_logps(  # type: ignore[misc]  # TRL has it, not Trainer
+                dataset, name, batch_size
+            )
+        finally:
+            self.accelerator = accelerator

@@ -1,0 +1,48 @@
+"""Sequences as rows of a model's input."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Batch = dict[str, Any]
+"""Padded sequences, one a row: ``input_ids``, ``attention_mask`` and ``completion_mask``, each
+[sequences, width] int64. The prompt of a sequence is what stands before its first completion
+token."""
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """Rows that hold one or several sequences each.
+
+    Attributes:
+        input_ids, completion_mask: [rows, width] int64.
+        attention_mask: [rows, width] int64, or [rows, 1, width, width] bool: True where a query
+            (third dimension) may look at a key (fourth).
+        position_ids: [rows, width] int64; None where the model counts them itself.
+        sequence: [rows, width] int64, the sequence that each completion token belongs to; None
+            where each row is one.
+        sequences: how many there are.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+    sequences: int
+    position_ids: Tensor | None = None
+    sequence: Tensor | None = None
+
+    def arguments(self) -> dict[str, Tensor]:
+        """What the model's forward pass is called with."""
+        found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.position_ids is not None:
+            found["position_ids"] = self.position_ids
+        return found
+
+
+def padded_rows(batch: Batch) -> ModelInput:
+    """Each sequence in a row of its own, as it stands in the batch."""
+    ids, attention, completion = (
+        batch[name] for name in ("input_ids", "attention_mask", "completion_mask")
+    )
+    return ModelInput(ids, attention, completion, sequences=len(ids))

@@ -1,0 +1,269 @@
+"""The moves of an optimizer step: score, transport, backward.
+
+The loss of a step is a function of one vector, the log-probabilities of all its sequences. So:
+
+1. *score* every sequence of the step, under policy and reference;
+2. *transport*: gather the scores of all ranks, and take the loss and dL/dlogp of every sequence;
+3. *backward*: per micro-batch, back-propagate sum(dL/dlogp x logp), with dL/dlogp a constant. By
+   the chain rule the accumulated gradient is that of the whole batch (GradCache, arXiv 2101.06983,
+   does this for contrastive learning).
+
+After move 2 a sequence has a fixed weight, so sequences may be regrouped into other micro-batches.
+A step of one micro-batch is scored in its backward move, by the host's own forward pass; so is each
+micro-batch where micro-batches are problems of their own.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ..ot.losses import LossOptions, PairedLogps, StepLogps, StepLoss, UnpairedLogps
+from ..scoring.batching import Sequences
+from ..scoring.model_input import Batch
+from ..scoring.scorer import Scorer
+from .budget import Permits, allot, gradients_that_fit, trainable
+from .carry import Carry, HoldGradient, KeepGraph, Rescore
+from .record import Problem, StepRecord, emit, is_watched
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences that the host collated together.
+
+    Attributes:
+        inputs: their tokens.
+        is_positive: [sequences] bool: chosen, or positive.
+        counts: [sequences] bool: False for a repeated row, which has mass 0.
+        ref_logps: [sequences] float32, in nats; None where the reference is still to be asked.
+    """
+
+    inputs: Batch
+    is_positive: Tensor
+    counts: Tensor
+    ref_logps: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.is_positive)
+
+    def take(self, rows: Sequence[int], inputs: Batch) -> "MicroBatch":
+        """Some of the sequences, collated anew."""
+        index = torch.as_tensor(rows, device=self.is_positive.device)
+        ref_logps = None if self.ref_logps is None else self.ref_logps[index]
+        return MicroBatch(inputs, self.is_positive[index], self.counts[index], ref_logps)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a step, as a function of the log-probabilities of its sequences.
+
+    Attributes:
+        step_class: what gives the sequences their meaning.
+        whole_step: whether all rows of a step, over micro-batches and ranks, are one problem, or
+            those of each micro-batch on each rank.
+    """
+
+    loss: StepLoss
+    options: LossOptions
+    step_class: type[PairedLogps] | type[UnpairedLogps]
+    whole_step: bool
+
+    def __call__(self, logps: Tensor, ref_logps: Tensor, is_positive: Tensor) -> Tensor:
+        """The loss, [] float64, of float64 log-probabilities of [sequences]."""
+        return self.loss(self.step(logps, ref_logps, is_positive), self.options)
+
+    def step(self, logps: Tensor, ref_logps: Tensor, is_positive: Tensor) -> StepLogps:
+        return self.step_class.from_sequences(logps, ref_logps, is_positive)
+
+
+class StepEngine:
+    """Runs the steps of one training.
+
+    Args:
+        model: the unwrapped policy, whose trainable parameters a gradient is held of.
+        gather: rows of this rank -> (rows of all ranks, where this rank's stand).
+        ranks: how many there are.
+        permits: what stands in the way of the cheaper carries, asked once a step.
+        collate: sequences and the numbers of some -> a batch of these.
+        report: called with every transport problem that is solved.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        objective: Objective,
+        model: nn.Module,
+        *,
+        gather: Callable[[Tensor], tuple[Tensor, slice]],
+        ranks: int,
+        permits: Callable[[], Permits],
+        collate: Callable[[Sequences, Sequence[int]], Batch],
+        report: Callable[[StepLogps], None],
+    ) -> None:
+        self._scorer, self._objective, self._model = scorer, objective, model
+        self._gather, self._ranks, self._permits = gather, ranks, permits
+        self._collate, self._report = collate, report
+        self._due: dict[int, tuple[Carry, MicroBatch, Tensor | None]] = {}
+        self._record = StepRecord(0, 0)
+        self._micro_batches, self._problems = 1, 1
+        self._loss = 0.0
+
+    @property
+    def mean_loss(self) -> float:
+        """The true loss, divided by the number of micro-batches: the host sums over these, and
+        averages over ranks."""
+        return self._loss / self._micro_batches
+
+    def begin(self, batches: Sequence[MicroBatch], empty: int, step: int) -> None:
+        """Moves 1 and 2 of a step.
+
+        Args:
+            empty: micro-batches of any rank that hold repeated rows only.
+            step: its number in the run, from 1.
+
+        Raises:
+            FloatingPointError: on every rank, if a log-probability of any is not finite.
+        """
+        started = time.perf_counter()
+        self._micro_batches = len(batches)
+        averaged = len(batches) * self._ranks
+        self._problems = 1 if self._objective.whole_step else averaged - empty
+        self._scorer.take_passes()
+        self._record = StepRecord(step, len(batches))
+        if is_watched():
+            ids = Sequences.from_batches([batch.inputs for batch in batches]).input_ids
+            self._record.sequences = [row.tolist() for row in ids]
+        if self._objective.whole_step and len(batches) > 1:
+            self._due = self._score_and_weigh(batches)
+        else:
+            kept = (KeepGraph(self._scorer, batch.inputs) for batch in batches)
+            pairs = enumerate(zip(kept, batches, strict=True))
+            self._due = {number: (carry, batch, None) for number, (carry, batch) in pairs}
+            ends = list(accumulate((len(batch) for batch in batches), initial=0))
+            self._record.groups = [list(range(*both)) for both in pairwise(ends)]
+        self._record.carries = [type(carry).__name__ for carry, _, _ in self._due.values()]
+        self._record.seconds = time.perf_counter() - started
+
+    def surrogate(self, number: int) -> Tensor:
+        """Move 3 of a micro-batch: a scalar (float32) whose gradient is its part of the step's."""
+        carry, batch, weights = self._due.pop(number)
+        if weights is None:
+            logps = carry.score()
+            weights = self._transport(logps, self._ref_logps(batch), batch)
+        surrogate = carry.surrogate(weights)
+        if not self._due:
+            self._record.passes = self._scorer.take_passes()
+            self._record.loss = self._loss
+            emit(self._record)
+        return surrogate
+
+    def abandon(self) -> None:
+        """Lets go of all that a step holds, which ended in an error."""
+        self._due.clear()
+
+    def _score_and_weigh(
+        self, batches: Sequence[MicroBatch]
+    ) -> dict[int, tuple[Carry, MicroBatch, Tensor | None]]:
+        sequences = Sequences.from_batches([batch.inputs for batch in batches])
+        step = _joined(batches)
+        row = self._objective.step_class.sequences_per_row
+        one_row_each = all(len(batch) == row for batch in batches)
+        allotted = allot(
+            len(batches), one_row_each, self._permits(), gradients_that_fit(self._model)
+        )
+        if allotted.held:
+            # Each row stays by itself, the longest first: memory peaks while none is held yet.
+            lengths = sequences.lengths()
+            groups = [list(range(i, i + row)) for i in range(0, len(sequences), row)]
+            groups.sort(key=lambda rows: -sum(lengths[row] for row in rows))
+        else:
+            groups = sequences.groups(len(batches), self._scorer.layouts().cost)
+        parts = [step.take(rows, self._collate(sequences, rows)) for rows in groups]
+        carries = [
+            self._carry(part, number < allotted.held, number < allotted.held + allotted.kept)
+            for number, part in enumerate(parts)
+        ]
+        logps = torch.empty(len(sequences), device=step.is_positive.device)
+        ref_logps = torch.empty_like(logps)
+        # A graph is kept of the pass that comes last; until then nothing but held gradients waits.
+        held = allotted.held
+        for number in (*range(held), *reversed(range(held, len(groups)))):
+            # The reference first: a graph that is kept must not be alive beside its pass.
+            ref_logps[groups[number]] = self._ref_logps(parts[number])
+            logps[groups[number]] = carries[number].score()
+        weights = self._transport(logps, ref_logps, step)
+        self._record.groups = groups
+        held_ones = (carry for carry in carries if isinstance(carry, HoldGradient))
+        self._record.held_bytes = sum(carry.nbytes for carry in held_ones)
+        return {
+            number: (carry, part, weights[rows])
+            for number, (carry, part, rows) in enumerate(zip(carries, parts, groups, strict=True))
+        }
+
+    def _carry(self, batch: MicroBatch, hold: bool, keep: bool) -> Carry:
+        if hold:
+            signs = torch.where(batch.is_positive == batch.is_positive[0], 1.0, -1.0)
+            return HoldGradient(self._scorer, batch.inputs, signs, trainable(self._model))
+        return (KeepGraph if keep else Rescore)(self._scorer, batch.inputs)
+
+    def _ref_logps(self, batch: MicroBatch) -> Tensor:
+        if batch.ref_logps is not None:
+            return batch.ref_logps
+        return self._scorer.reference_logps(batch.inputs)
+
+    def _transport(self, logps: Tensor, ref_logps: Tensor, batch: MicroBatch) -> Tensor:
+        """Move 2: dL/dlogp of this rank's sequences (float32), scaled against the host's averaging
+        over micro-batches and ranks. A repeated row has mass 0."""
+        columns = [logps.detach(), ref_logps, batch.is_positive, batch.counts]
+        rows = torch.stack(columns, dim=1).double()
+        mine = slice(0, len(rows))
+        if self._objective.whole_step:
+            rows, mine = self._gather(rows)
+        # Every rank sees the same rows, so all of them raise and none is left waiting.
+        check_finite(rows, f"step {self._record.step}")
+        counts = rows[:, 3].bool()
+        gradient = torch.zeros_like(rows[:, 0])
+        averaged = self._micro_batches * self._ranks
+        self._loss = 0.0
+        if counts.any():
+            leaf = rows[counts, 0].requires_grad_()
+            others = rows[counts, 1], rows[counts, 2].bool()
+            with torch.enable_grad():
+                loss = self._objective(leaf, *others)
+                (gradient[counts],) = torch.autograd.grad(loss, leaf)
+            # Every micro-batch brings the loss of the step, or its own to the mean over them.
+            whole = self._objective.whole_step
+            self._loss = loss.item() * (1 if whole else averaged / self._problems)
+            solved = self._objective.step(leaf.detach(), *others)
+            self._report(solved)
+            if is_watched():
+                positives = int((batch.is_positive & batch.counts).sum())
+                sizes = len(solved.u), len(solved.v), positives, int(batch.counts.sum())
+                self._record.problems.append(Problem(*sizes))
+        return (gradient[mine] * (averaged / self._problems)).to(logps.dtype)
+
+
+def check_finite(rows: Tensor, where: str) -> None:
+    """Raises FloatingPointError if a row of [sequences, columns] is not finite."""
+    bad = ~torch.isfinite(rows).all(dim=1)
+    if bad.any():
+        raise FloatingPointError(
+            f"{int(bad.sum())} of {len(rows)} sequence log-probabilities are NaN or infinite "
+            f"in {where}; lower the learning rate, or look at the precision (bf16 instead of fp16) "
+            "and at the rows"
+        )
+
+
+def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
+    """All sequences of a step; their inputs are those of none of them."""
+    cached = [batch.ref_logps for batch in batches if batch.ref_logps is not None]
+    return replace(
+        batches[0],
+        inputs={},
+        is_positive=torch.cat([batch.is_positive for batch in batches]),
+        counts=torch.cat([batch.counts for batch in batches]),
+        ref_logps=torch.cat(cached) if cached else None,
+    )
