@@ -4,7 +4,7 @@
 #   make quickstart-unpaired   the same on labelled rows
 #   make test                  every test, the slow ones included
 #   make exactness-long        every architecture and setting at every cut of a step
-#   make check                 ruff and mypy
+#   make check                 ruff, mypy and the direction of imports
 
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/aot-plugin
 VENV  ?= $(CACHE)/venv
@@ -46,6 +46,7 @@ check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 env:
 	@VENV="$(VENV)" sh .ci/env.sh
