@@ -2,16 +2,13 @@
 
 import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 
 from .config import desugar, is_desugared, training_args
-
-SUPPORTED = {"axolotl": ("0.21", "0.22"), "trl": ("1.14", "1.15")}
-"""Host packages and the half-open range of versions whose trainers ours subclass."""
+from .host.compat import refuse_untested_releases
 
 
 class AOTPlugin(BasePlugin):
@@ -36,7 +33,7 @@ class AOTPlugin(BasePlugin):
         _refuse_swallowed_flags()
         updates = desugar(cfg)
         if updates:
-            _check_versions()
+            refuse_untested_releases()
             _warn_of_keys_without_effect(cfg)
         self._before = {key: cfg.get(key) for key in updates}
         for key, value in updates.items():
@@ -107,18 +104,6 @@ class AOTPlugin(BasePlugin):
         # can be imported from two modules) makes a second instance, which has nothing to add.
         plugins = PluginManager.get_instance().plugins.values()
         return next((p for p in plugins if isinstance(p, AOTPlugin)), self) is self
-
-
-def _check_versions() -> None:
-    from packaging.version import Version
-
-    for package, (low, high) in SUPPORTED.items():
-        installed = version(package)
-        if not Version(low) <= Version(installed) < Version(high):
-            raise RuntimeError(
-                f"this aot-plugin supports {package}>={low},<{high}, but {installed} is installed; "
-                f"run: pip install '{package}>={low},<{high}' (or another release of aot-plugin)"
-            )
 
 
 def _warn_of_keys_without_effect(cfg: dict) -> None:

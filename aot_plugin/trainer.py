@@ -360,9 +360,8 @@ class AOTPairedTrainer(AOTTrainerMixin, AxolotlDPOTrainer):
             return None
         return torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
 
-    def _compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """What TRL calls to precompute (and cache on disk) the reference log-probabilities."""
-        return self._scorer.reference_logps(inputs, model).chunk(2)
+    def _reference_columns(self, logps: Tensor) -> tuple[Tensor | None, ...]:
+        return logps.chunk(2)
 
 
 class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
@@ -382,9 +381,8 @@ class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
     def _cached_ref_logps(self, batch: Batch) -> Tensor | None:
         return batch.get("ref_logps")
 
-    def _compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """What TRL calls to precompute (and cache on disk) the reference log-probabilities."""
-        return self._scorer.reference_logps(inputs, model), None
+    def _reference_columns(self, logps: Tensor) -> tuple[Tensor | None, ...]:
+        return logps, None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Steps with both labels, unless the YAML asks for an order of its own."""

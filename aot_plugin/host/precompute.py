@@ -5,13 +5,15 @@ from typing import Any
 
 from axolotl.utils.logging import get_logger
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 from ..digests import digest
+from ..scoring.scorer import Scorer
+from . import compat
 from .adapters import settle_reference
 from .loaded_models import begin_as_policy
-from .nodes import EachNodeWrites
+from .nodes import EachNodeWrites, ask_each_node
 from .reference_cache import Identity, identify, reference_file, rows_digest
 
 LOG = get_logger("axolotl.aot_plugin.precompute")
@@ -33,6 +35,15 @@ class PrecomputeMixin(Trainer):
     _only_evaluates: bool
     _reference_is_settled = False
     _reference: Identity | None = None
+    _reference_passes = 0
+
+    @property
+    def _scorer(self) -> Scorer:
+        raise NotImplementedError
+
+    def _reference_columns(self, logps: Tensor) -> tuple[Tensor | None, ...]:
+        """A batch's log-probabilities, [sequences], as the columns that TRL keeps of them."""
+        raise NotImplementedError
 
     def _settle_reference(self) -> None:
         # Once, since the policy is trained afterwards; and before TRL precomputes in __init__.
@@ -69,16 +80,27 @@ class PrecomputeMixin(Trainer):
             dataset = dataset.flatten_indices()
         dataset._fingerprint = digest([dataset._fingerprint, file.name])[:16]
 
-        def path(fingerprint: str) -> str:
-            del dataset._get_cache_file_path  # whatever else is cached has a file of its own
-            return str(file)
-
-        dataset._get_cache_file_path = path
+        self._reference_passes = 0
         accelerator: Any = self.accelerator
         self.accelerator = EachNodeWrites(accelerator)
         try:
-            return super()._precompute_ref_logps(  # type: ignore[misc]  # TRL has it, not Trainer
-                dataset, name, batch_size
-            )
+            with compat.cached_at(dataset, file) as asked:
+                found = super()._precompute_ref_logps(  # type: ignore[misc]  # TRL's
+                    dataset, name, batch_size
+                )
         finally:
             self.accelerator = accelerator
+        if not asked or (self._reference_passes == 0) != is_there:
+            # Whatever these numbers are, they are not ours.
+            ask_each_node(lambda: file.unlink(missing_ok=True) if not is_there else None)
+            raise RuntimeError(
+                "the installed trl computes or keeps reference log-probabilities in a way that "
+                f"this aot-plugin does not know ({compat.releases()}); remove "
+                "`precompute_ref_log_probs`"
+            )
+        return found
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """What TRL calls for each batch of the pass."""
+        self._reference_passes += 1
+        return self._reference_columns(self._scorer.reference_logps(inputs, model))

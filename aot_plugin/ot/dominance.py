@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from .coupling import FloatArray, IntArray, monotone_coupling
 
 GAP_PERCENTS = (5, 25, 50, 75, 95)
 """Levels of the reported quantile gaps, in per cent: integers, so that ceil(n t) is exact."""
@@ -53,17 +52,6 @@ class QuantileCurves(NamedTuple):
     """Shape (k,), non-decreasing; unit of the sample."""
 
 
-class MergedGrid(NamedTuple):
-    """The steps of two quantile functions: sorted samples x[x_index], y[y_index] on each."""
-
-    levels: FloatArray
-    """Shape (k + 1,), increasing from 0 to 1."""
-    x_index: IntArray
-    """Shape (k,), values 0 to n - 1."""
-    y_index: IntArray
-    """Shape (k,), values 0 to m - 1."""
-
-
 def as_sample(values: ArrayLike, name: str) -> FloatArray:
     """`values` as a float64 vector of shape (n,), n >= 1, all finite.
 
@@ -81,24 +69,20 @@ def as_sample(values: ArrayLike, name: str) -> FloatArray:
     return sample
 
 
-def merged_grid(n: int, m: int) -> MergedGrid:
-    """The merged grid {i/n} | {j/m} of quantile levels, with k = n + m - gcd(n, m) steps."""
-    x_steps = m * np.arange(1, n + 1, dtype=np.int64)
-    y_steps = n * np.arange(1, m + 1, dtype=np.int64)
-    right_ends = x_steps if n == m else np.union1d(x_steps, y_steps)
-    levels = np.concatenate(([0.0], right_ends / (n * m)))
-    # On (.., g/(nm)] the quantile's index is ceil(n g/(nm)) = ceil(g/m), counted from 1.
-    return MergedGrid(levels, (right_ends - 1) // m, (right_ends - 1) // n)
-
-
 def _quantile_index(n: int, percent: int) -> int:
     return (n * percent + 99) // 100 - 1
 
 
-def _statistics_of_sorted(u: FloatArray, v: FloatArray, grid: MergedGrid) -> dict[str, FloatArray]:
+def quantile_gaps(u: FloatArray, v: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Q_U - Q_V of sorted samples u (..., n) and v (..., m) on the steps of both, (..., k), and
+    the steps' widths, (k,)."""
+    coupling = monotone_coupling(u.shape[-1], v.shape[-1])
+    return u[..., coupling.u_index] - v[..., coupling.v_index], coupling.mass
+
+
+def _statistics_of_sorted(u: FloatArray, v: FloatArray) -> dict[str, FloatArray]:
     """The statistics of sorted samples u (..., n) and v (..., m): each of shape (...)."""
-    width = np.diff(grid.levels)
-    gap = u[..., grid.x_index] - v[..., grid.y_index]
+    gap, width = quantile_gaps(u, v)
     violation = np.maximum(-gap, 0.0) @ width
     dominance = np.maximum(gap, 0.0) @ width
     found = {
@@ -123,8 +107,8 @@ def quantile_curve(x: ArrayLike, y: ArrayLike) -> QuantileCurves:
     Raises ValueError, naming "x" or "y", for an empty, non-finite or not one-dimensional sample.
     """
     a, b = np.sort(as_sample(x, "x")), np.sort(as_sample(y, "y"))
-    grid = merged_grid(a.size, b.size)
-    return QuantileCurves(grid.levels, a[grid.x_index], b[grid.y_index])
+    grid = monotone_coupling(a.size, b.size)
+    return QuantileCurves(grid.levels, a[grid.u_index], b[grid.v_index])
 
 
 def dominance_statistics(u: ArrayLike, v: ArrayLike) -> dict[str, float]:
@@ -153,7 +137,7 @@ def dominance_statistics(u: ArrayLike, v: ArrayLike) -> dict[str, float]:
     thm. 2.9 with h(z) = |z|.
     """
     a, b = np.sort(as_sample(u, "u")), np.sort(as_sample(v, "v"))
-    found = _statistics_of_sorted(a, b, merged_grid(a.size, b.size))
+    found = _statistics_of_sorted(a, b)
     return {key: float(value) for key, value in found.items()}
 
 
@@ -183,9 +167,8 @@ def bootstrap_intervals(
     if not 0.0 < level < 1.0:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
     draws: dict[str, list[FloatArray]] = {key: [] for key in STATISTICS}
-    grid = merged_grid(a.size, b.size)
     for i, j in resampled_indices(a.size, b.size, paired, n_resamples, seed):
-        drawn = _statistics_of_sorted(np.sort(a[i]), np.sort(b[j]), grid)
+        drawn = _statistics_of_sorted(np.sort(a[i]), np.sort(b[j]))
         for key, value in drawn.items():
             draws[key].append(value)
     tails = ((1.0 - level) / 2.0, (1.0 + level) / 2.0)

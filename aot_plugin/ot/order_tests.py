@@ -16,7 +16,7 @@ from .dominance import (
     FloatArray,
     IntArray,
     as_sample,
-    merged_grid,
+    quantile_gaps,
     resampled_indices,
 )
 
@@ -122,8 +122,7 @@ def violation_ratio(u: ArrayLike, v: ArrayLike) -> float:
 
 def _ratios_of_sorted(u: FloatArray, v: FloatArray) -> FloatArray:
     """Violation ratios of sorted samples u (..., n) and v (..., m), shape (...)."""
-    levels, u_index, v_index = merged_grid(u.shape[-1], v.shape[-1])
-    width, gap = np.diff(levels), u[..., u_index] - v[..., v_index]
+    gap, width = quantile_gaps(u, v)
     with np.errstate(invalid="ignore"):  # 0/0 is the NaN that stands for equal quantile functions
         # The ratio has no unit; dividing first keeps the squares from under- and overflowing.
         gap = gap / np.abs(gap).max(axis=-1, keepdims=True)

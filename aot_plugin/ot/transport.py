@@ -8,53 +8,14 @@ corner rule on sorted samples.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .coupling import monotone_coupling
+
 SortKind = Literal["hard", "soft"]
-
-
-class Coupling(NamedTuple):
-    """A coupling of n and m atoms as a list of at most n + m - 1 matched pairs.
-
-    ``u_index`` and ``v_index`` (int64) say which atoms are matched, ``mass`` (float64) how much
-    probability the pair carries; masses sum to 1, and per atom to 1/n or 1/m.
-    """
-
-    u_index: Tensor
-    v_index: Tensor
-    mass: Tensor
-
-
-def northwest_corner(n: int, m: int, device: torch.device | None = None) -> Coupling:
-    """The monotone coupling of *sorted* atoms 0..n-1 (mass 1/n each) and 0..m-1 (mass 1/m each).
-
-    Levels are counted in units of 1/(n m), so the breakpoints i m and j n are integers and the
-    coupling is exact: no mass below 1/(n m) is lost or invented by rounding.
-
-    Raises:
-        ValueError: if one of the samples is empty.
-    """
-    if n < 1 or m < 1:
-        raise ValueError(f"a coupling needs at least one atom on each side, got n={n} and m={m}")
-    u_levels = torch.arange(1, n + 1, device=device, dtype=torch.int64) * m
-    v_levels = torch.arange(1, m + 1, device=device, dtype=torch.int64) * n
-    # With n = m (every paired step) the two grids are the same and the merge can be skipped.
-    levels = u_levels if n == m else torch.unique(torch.cat([u_levels, v_levels]))
-    widths = torch.diff(levels, prepend=levels.new_zeros(1))
-    return Coupling((levels - 1) // m, (levels - 1) // n, widths.double() / (n * m))
-
-
-def coupling(u: Tensor, v: Tensor) -> Coupling:
-    """The optimal coupling of the samples u (shape [n]) and v ([m]) in their own order.
-
-    Ties are broken by position (stable sort), which changes the coupling but not its cost.
-    """
-    u_order, v_order = torch.argsort(u, stable=True), torch.argsort(v, stable=True)
-    i, j, mass = northwest_corner(len(u), len(v), u.device)
-    return Coupling(u_order[i], v_order[j], mass)
 
 
 def soft_sort(x: Tensor, epsilon: float) -> Tensor:
@@ -112,23 +73,11 @@ def transport_value(
     Raises:
         ValueError: if a sample is empty.
     """
-    i, j, mass = northwest_corner(len(u), len(v), u.device)
+    coupling = monotone_coupling(len(u), len(v))
+    arrays = (coupling.u_index, coupling.v_index, coupling.mass)
+    i, j, mass = (torch.from_numpy(array).to(u.device) for array in arrays)
     if sort == "soft":
         u_sorted, v_sorted = soft_sort(u, epsilon), soft_sort(v, epsilon)
     else:
         u_sorted, v_sorted = torch.sort(u).values, torch.sort(v).values
     return (mass.to(u.dtype) * cost(u_sorted[i] - v_sorted[j])).sum()
-
-
-def recoupled_fraction(u: Tensor, v: Tensor) -> float:
-    """The share of rows whose partner in the optimal coupling is another row (n = m required).
-
-    0 means that AOT is the pairwise loss (DPO with this penalty) on these rows. Ties in one sample
-    are broken by the other, so it is 0 wherever u and v are in the same order.
-    """
-    return (_lexicographic_order(u, v) != _lexicographic_order(v, u)).double().mean().item()
-
-
-def _lexicographic_order(first: Tensor, second: Tensor) -> Tensor:
-    order = torch.argsort(second, stable=True)
-    return order[torch.argsort(first[order], stable=True)]

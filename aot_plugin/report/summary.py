@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,6 +12,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ot.coupling import recoupled_fraction
 from ..ot.dominance import (
     FloatArray,
     as_sample,
@@ -115,15 +117,6 @@ def _mann_whitney(x: FloatArray, y: FloatArray) -> FloatArray:
     return np.asarray((ranks[..., :n].sum(axis=-1) - n * (n + 1) / 2) / (n * m))
 
 
-def recoupled_fraction(u: FloatArray, v: FloatArray) -> float:
-    """The share of rows i whose partner in the monotone coupling of u (n,) and v (n,) isn't v[i].
-
-    Ties in one sample are broken by the other, as in `aot_plugin.ot.transport.recoupled_fraction`:
-    it is 0 wherever u and v are in the same order.
-    """
-    return float(np.mean(np.lexsort((v, u)) != np.lexsort((u, v))))
-
-
 def length_bias(rewards: FloatArray, tokens: NDArray[np.int64]) -> dict[str, Any]:
     """How far the reward (n,) of a completion follows its number of tokens (n,).
 
@@ -132,11 +125,11 @@ def length_bias(rewards: FloatArray, tokens: NDArray[np.int64]) -> dict[str, Any
       `mean_reward`. A length belongs to one quarter only, so where many completions share a length
       quarters are of unequal size and an empty one is left out.
     """
-    from scipy.stats import rankdata
+    from scipy.stats import spearmanr
 
-    x, y = rankdata(rewards), rankdata(tokens)
-    spread = float(np.std(x) * np.std(y))
-    spearman = float(np.mean((x - x.mean()) * (y - y.mean()))) / spread if spread else float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # constant input, where it is NaN
+        spearman = float(spearmanr(rewards, tokens).statistic)
     edges = np.quantile(tokens, [0.25, 0.5, 0.75], method="inverted_cdf")
     quarter = np.searchsorted(edges, tokens, side="left")
     quartiles = [

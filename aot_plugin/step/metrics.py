@@ -1,8 +1,8 @@
 """What is logged of a step's, or an evaluation's, log-probabilities."""
 
+from ..ot.coupling import recoupled_fraction
 from ..ot.dominance import dominance_statistics
 from ..ot.losses import PairedLogps, StepLogps
-from ..ot.transport import recoupled_fraction
 
 
 def step_metrics(step: StepLogps, beta: float) -> dict[str, float]:
@@ -12,10 +12,11 @@ def step_metrics(step: StepLogps, beta: float) -> dict[str, float]:
         ValueError: if U or V is empty.
     """
     u, v = step.u.detach(), step.v.detach()
-    stats = dominance_statistics(u.cpu().numpy(), v.cpu().numpy())
+    arrays = u.cpu().numpy(), v.cpu().numpy()
+    stats = dominance_statistics(*arrays)
     metrics = {f"aot/{name}": value for name, value in stats.items()}
     if isinstance(step, PairedLogps):
-        metrics["aot/recoupled_fraction"] = recoupled_fraction(u, v)
+        metrics["aot/recoupled_fraction"] = recoupled_fraction(*arrays)
         chosen = (step.chosen - step.ref_chosen).detach() * beta
         rejected = (step.rejected - step.ref_rejected).detach() * beta
         metrics["rewards/accuracies"] = (chosen > rejected).double().mean().item()

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
+from aot_plugin.ot.coupling import recoupled_fraction
 from aot_plugin.ot.losses import LossOptions, PairedLogps, UnpairedLogps, transport
 from aot_plugin.ot.penalties import PENALTIES, logistic, smoothed
-from aot_plugin.ot.transport import recoupled_fraction
 from aot_plugin.scoring.logps import sequence_logps
 from aot_plugin.scoring.model_input import padded_rows
 
@@ -103,7 +103,7 @@ def test_equals_trl_on_one_batch_and_dpo_does_not(
     batch = next(iter(trl.get_train_dataloader()))
     assert batch["completion_mask"].sum(1).unique().tolist() == [7]  # 6 words and the end
     step = our_step(trl, batch, paired=loss_type == "aot")
-    assert recoupled_fraction(step.u, step.v) > 0.3
+    assert recoupled_fraction(step.u.detach().numpy(), step.v.detach().numpy()) > 0.3
 
     ours = transport(step, LossOptions(logistic, BETA, label_smoothing=smoothing))
     value, gradient = ours.item(), flat_gradient(trl.model, ours)
