@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import global_then_local_main_first, use_adapter
+from trl.trainer.utils import use_adapter
 
 from .data import is_text, prepare_tokens
 from .data.sampler import StratifiedSampler
 from .host.adapters import policy_to_start_from, refuse_another_start, save_adapter_only
-from .host.checks import check_start
+from .host.checks import check_start, refuse_updates_within_a_step, some_weights
 from .host.evaluation import EvaluationMixin
 from .host.loaded_models import loaded_after
 from .host.nodes import let_each_node_save
@@ -119,6 +120,7 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
         self._step: list[Batch] = []
         self._empty_micro_batches = 0
         self._checked = False
+        self._scored_with: list[Tensor] | None = None
         self._one_sided_steps = 0
         self._is_constructed = True
 
@@ -145,7 +147,7 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
             settle=lambda model: settle_layouts(
                 model,
                 self.accelerator.unwrap_model(model),
-                self.args.max_length,
+                self._widest_row(),
                 self.args.device,
                 checkpointing=self.args.gradient_checkpointing,
                 regrouped=self.args.aot_batch == "step",
@@ -154,6 +156,10 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
             without_gradient=self._without_gradient,
             multiple=self._pad_to_multiple_of,
         )
+
+    def _widest_row(self) -> int | None:
+        longest = self.args.max_length
+        return longest and longest + -longest % self._pad_to_multiple_of
 
     @property
     def _pad_to_multiple_of(self) -> int:
@@ -168,6 +174,14 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
             raise ValueError(
                 f"the network is random: the dropout {name!r} is on, and the scores of a step and "
                 "its gradient would come from two different networks; set it to 0"
+            )
+        # One chance in twenty to leave out a layer is likely to pass the first micro-batch.
+        layerdrop = getattr(self.model.config, "layerdrop", None)
+        if self.args.aot_batch == "step" and layerdrop:
+            raise ValueError(
+                f"the network is random: `layerdrop: {layerdrop}` leaves out whole layers, and the "
+                "scores of a step and its gradient would come from two different networks; write "
+                "`overrides_of_model_config: {layerdrop: 0.0}`"
             )
         if self.aux_loss_enabled:
             raise ValueError(
@@ -195,7 +209,7 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
         # What TRL does with `keep_end`, which only its DPO trainer knows: no prompt is too long.
         keeps_end = getattr(args, "truncation_mode", None) == "keep_end"
         max_length = None if keeps_end else args.max_length
-        with global_then_local_main_first():
+        with PartialState().local_main_process_first():  # the accelerator may not be there yet
             return prepare_tokens(
                 dataset, self._tokenizer, self._mode, max_length, args.dataset_num_proc
             )
@@ -253,7 +267,11 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
             if not self._checked:
                 self._checked = True
                 self._check_start(batches)
+                self._scored_with = some_weights(self.model)
             self._engine.begin(batches, empty, self.state.global_step + 1)
+        elif self._scored_with is not None and self._objective.whole_step:
+            refuse_updates_within_a_step(self._scored_with, self.model)
+            self._scored_with = None
         return inputs
 
     def _check_start(self, batches: list[MicroBatch]) -> None:
@@ -264,6 +282,7 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
             self.args,
             several=self._objective.whole_step and len(batches) > 1,
             resumed=self.state.global_step > 0,
+            widest=self._widest_row(),
             gather=self.accelerator.gather,
         )
         # Not before: what wraps the model is known now, and what it does to its logits.

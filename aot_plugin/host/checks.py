@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..scoring.model_input import Batch
 from ..scoring.scorer import Scorer
@@ -102,6 +103,7 @@ def first_scores(
     batch: Batch,
     model: nn.Module,
     half: torch.dtype | None,
+    widest: int | None = None,
 ) -> FirstScores:
     """Scores the batch in four passes; the random generators stay as they were.
 
@@ -111,6 +113,7 @@ def first_scores(
         batch: ``input_ids``, ``attention_mask``, ``completion_mask``, each [sequences, width].
         model: the policy, for its dtypes and its longest row.
         half: autocast's dtype.
+        widest: tokens of the widest row that the model may be given; None if there is no limit.
     """
     device = batch["input_ids"].device
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -127,7 +130,7 @@ def first_scores(
         other = seeded(policy, batch, 1)
         scores, again = (seeded(policy, batch, 0) for _ in range(2))
         with _random_rounding(model, eps):
-            elsewhere = seeded(policy_elsewhere, _wider(batch, _longest(model)), 0)
+            elsewhere = seeded(policy_elsewhere, _wider(batch, _longest(model), widest), 0)
     tokens = batch["completion_mask"][:, 1:].sum(dim=1)
     return FirstScores(scores, again, other, elsewhere, tokens, eps)
 
@@ -162,6 +165,7 @@ def check_start(
     *,
     several: bool,
     resumed: bool,
+    widest: int | None,
     gather: Callable[[Tensor], Tensor],
 ) -> None:
     """Refuses a random network and a wrong reference, on every rank at once.
@@ -172,13 +176,14 @@ def check_start(
         settings: the training arguments.
         several: whether a step scores its rows in one pass and differentiates them in another.
         resumed: the policy has left its reference already.
+        widest: tokens of the widest row that the model may be given; None if there is no limit.
         gather: numbers of this rank, [1, k] -> those of all ranks, [ranks, k].
 
     Raises:
         ValueError: naming what looks guilty.
     """
     half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
-    first = first_scores(scorer.logps, scorer.logps_apart, batch.inputs, model, half)
+    first = first_scores(scorer.logps, scorer.logps_apart, batch.inputs, model, half, widest)
 
     def worst_of_ranks(found: Difference) -> Difference:
         numbers = torch.tensor([[*astuple(found)]], device=settings.device)
@@ -196,6 +201,22 @@ def check_start(
     found = worst_of_ranks(reference_error(first, reference))
     if found:
         raise ValueError(wrong_reference(found, model, settings))
+
+
+def some_weights(model: nn.Module) -> list[Tensor]:
+    """A few numbers of each trainable parameter, as they are now."""
+    parameters = (p.detach() for p in model.parameters() if p.requires_grad)
+    return [p.reshape(-1)[:64].clone() for p in parameters if not isinstance(p, DTensor)]
+
+
+def refuse_updates_within_a_step(before: list[Tensor], model: nn.Module) -> None:
+    """Raises ValueError if the weights are others than those that the step was scored with."""
+    if not all(map(torch.equal, before, some_weights(model))):
+        raise ValueError(
+            "the weights changed between two micro-batches of one step: this `optimizer` updates "
+            "them in the backward pass, so a step over several micro-batches can't be exact; write "
+            "another one, or `gradient_accumulation_steps: 1`"
+        )
 
 
 def randomness(first: FirstScores) -> Difference:
@@ -273,10 +294,9 @@ def _longest(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def _wider(batch: Batch, longest: int | None) -> Batch:
-    """The batch with more padding, if positions reach that far."""
+def _wider(batch: Batch, *limits: int | None) -> Batch:
+    """The batch with more padding, as far as positions and the run's rows reach."""
     names = ("input_ids", "attention_mask", "completion_mask")
-    more = WIDER
-    if longest is not None:
-        more = max(min(WIDER, longest - batch["input_ids"].shape[1]), 0)
+    room = [limit - batch["input_ids"].shape[1] for limit in limits if limit is not None]
+    more = max(min(WIDER, *room), 0) if room else WIDER
     return {name: F.pad(batch[name], (0, more)) for name in names}

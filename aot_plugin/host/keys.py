@@ -53,6 +53,9 @@ REFUSED_IF_ON: dict[str, str] = {
 """Host keys whose absence would change what is trained, and which the host does not read under
 ``rl``; a value that switches them off may stay."""
 
+UPDATES_IN_BACKWARD = ("lomo", "adalomo")
+"""Values of ``optimizer`` whose steps have no single set of weights."""
+
 REFUSED_OF_TRL: dict[str, str] = dict.fromkeys(
     ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     "Axolotl hands it to GRPO only, and AOT's reference stays as it is; remove it",
@@ -259,6 +262,9 @@ def refusals(cfg: Mapping[str, Any]) -> list[str]:
     found = [(key, advice) for key, advice in REFUSED.items() if cfg.get(key) is not None]
     found += [(key, advice) for key, advice in REFUSED_IF_ON.items() if _on(cfg.get(key))]
     found += [(f"trl.{k}", advice) for k, advice in REFUSED_OF_TRL.items() if _on(trl.get(k))]
+    if (optimizer := str(cfg.get("optimizer")).lower()) in UPDATES_IN_BACKWARD:
+        advice = "it updates the weights in each backward pass, in the middle of a step"
+        found.append((f"optimizer: {optimizer}", f"{advice}; write another one"))
     return [f"`{key}` can't be used with `rl: aot`: {advice}" for key, advice in found]
 
 

@@ -38,14 +38,14 @@ class Cost:
         """Of a model with this text config, computing in numbers of ``itemsize`` bytes."""
         width = config.hidden_size
         layers = config.num_hidden_layers
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or width // heads
+        heads = _largest(config, "num_attention_heads", 1)
+        size = _largest(config, "head_dim", width // heads)
         queries = heads * size
-        keys = (getattr(config, "num_key_value_heads", None) or heads) * size
-        active = getattr(config, "num_experts_per_tok", None) or 1
-        inner = (getattr(config, "moe_intermediate_size", None) if active > 1 else None) or (
-            getattr(config, "intermediate_size", None) or DENSE_FACTOR * width
-        )
+        keys = _largest(config, "num_key_value_heads", heads) * size
+        inner = _largest(config, "intermediate_size", DENSE_FACTOR * width)
+        active = _largest(config, "num_experts_per_tok", 1)
+        if active > 1:
+            inner = _largest(config, "moe_intermediate_size", inner)
         weights = 2 * width * (queries + keys) + 3 * width * inner * active
         layer = 6 * width + 2 * (queries + keys) + 3 * inner * active
         # Without checkpointing every layer keeps what it computed, and a copy of the mask as
@@ -64,3 +64,14 @@ class Cost:
     def memory(self, rows: int, width: int, masked: bool) -> float:
         """Bytes held until the backward pass."""
         return rows * width * (self.token + (self.mask * width if masked else 0))
+
+
+def _largest(config: Any, name: str, default: int) -> int:
+    """A size of the config, the largest where it differs from layer to layer."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # some configs raise an error of their own where layers differ
+        return default
+    if isinstance(value, list | tuple):
+        value = max(value, default=None)
+    return int(value or default)

@@ -38,7 +38,7 @@ def settle_layouts(
 
     Args:
         unwrapped: the same without the wrappers of DDP, DeepSpeed or FSDP.
-        longest: tokens of the longest sequence, None if there is no limit.
+        longest: tokens of the widest row, padding included; None if there is no limit.
         checkpointing: whether layers forget what they computed until the backward pass.
         regrouped: whether a step is exact over several micro-batches.
 
@@ -63,7 +63,10 @@ def settle_layouts(
     if why_not is not None:
         return Layouts(None, why_not)
     itemsize = coarsest_dtype(unwrapped, device).itemsize
-    return Layouts(Cost.of(config, itemsize, checkpointing), None)
+    try:
+        return Layouts(Cost.of(config, itemsize, checkpointing), None)
+    except Exception as error:  # a config of another kind; the model trains without
+        return Layouts(None, f"what that costs is unknown: {type(error).__name__}: {error}")
 
 
 def refuse_rope_of_the_longest_row(config: Any, longest: int | None) -> None:
@@ -85,7 +88,8 @@ def refuse_rope_of_the_longest_row(config: Any, longest: int | None) -> None:
         if longest is None or longest > limit:
             raise ValueError(
                 f"rotary embeddings of `rope_type: {kind}` change for a whole micro-batch as soon "
-                f"as one of its rows is longer than {limit} tokens, so the result would depend on "
-                f"how a step is cut; write `sequence_len: {limit}`, or `overrides_of_model_config` "
+                f"as one of its rows is longer than {limit} tokens, padding included, so the "
+                f"result would depend on how a step is cut; write `sequence_len: {limit}` (which "
+                "`pad_to_multiple_of` must divide), or `overrides_of_model_config` "
                 f"with `rope_parameters` of {other}"
             )

@@ -50,7 +50,7 @@ def why_head_is_not_chunked(head: nn.Module) -> str | None:
     exist for a chunk of tokens at a time. What the model does to its logits is known after its
     first forward pass."""
     if getattr(head, _NEEDS_LOGITS, False):
-        return "the model changes its logits (scaling, soft-capping)"
+        return "the model changes its logits (scaling, soft-capping, a cut)"
     if type(head) is not nn.Linear:
         return f"the LM head is a {type(head).__module__.split('.')[0]} {type(head).__name__}"
     if "forward" in vars(head):
@@ -76,7 +76,7 @@ def _token_logps(
         return model(**inputs.arguments(), use_cache=False).logits
 
     # An adapter on the head, or a forward that somebody else has exchanged, is left alone.
-    if why_head_is_not_chunked(head) is None:
+    if why_head_is_not_chunked(head) is None and _gives_all_logits(model, head, inputs):
         assert isinstance(head, nn.Linear)
         linear: nn.Linear = head
         found: list[Tensor] = []
@@ -108,6 +108,23 @@ def _token_logps(
     return (logps if token_weights is None else token_weights * logps), sequence
 
 
+@torch.no_grad()
+def vocabulary(model: nn.Module, head: nn.Module, inputs: ModelInput) -> int:
+    """Tokens that the model gives logits for: asked once, of the first tokens of these rows."""
+    if not hasattr(head, _VOCABULARY):
+        ids = inputs.input_ids[:1, :8]
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        setattr(head, _VOCABULARY, logits.shape[-1])
+    return getattr(head, _VOCABULARY)
+
+
+def _gives_all_logits(model: nn.Module, head: nn.Module, inputs: ModelInput) -> bool:
+    # A model that cuts off what pads its vocabulary would not show it on the stand-in's vector.
+    whole = vocabulary(model, head, inputs) == getattr(head, "out_features", None)
+    setattr(head, _NEEDS_LOGITS, not whole)
+    return whole
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     """Equality in which NaN is NaN: where the numbers of one rank alone are not finite, it must not
     take one forward pass more than the others, which would wait for it for ever."""
@@ -117,6 +134,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 _NEEDS_LOGITS = "_aot_plugin_model_needs_logits"
+_VOCABULARY = "_aot_plugin_vocabulary"
 
 
 @contextmanager

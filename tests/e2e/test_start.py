@@ -89,6 +89,28 @@ def test_an_adapter_that_changes_the_base_model(tiny_model: Path, tmp_path: Path
         train(config(tiny_model, data, tmp_path / "out", **keys))
 
 
+def test_an_optimizer_that_updates_in_the_backward_pass(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LOMO does: the second micro-batch would see other weights than those of the scores."""
+    training_step = trainer.AOTTrainerMixin.training_step
+
+    def with_update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = training_step(self, *args, **kwargs)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.data -= 1e-4 * parameter.grad
+        return loss
+
+    monkeypatch.setattr(trainer.AOTTrainerMixin, "training_step", with_update)
+    data = write_rows(tmp_path / "rows.jsonl", paired_rows(16))
+    keys = {**LORA, **IN_PROCESS, "max_steps": 1}
+    with pytest.raises(ValueError, match="the weights changed between two micro-batches"):
+        train(config(tiny_model, data, tmp_path / "out", **keys))
+    one = {"micro_batch_size": 8, "gradient_accumulation_steps": 1}
+    assert train(config(tiny_model, data, tmp_path / "one", **keys, **one)).logged("loss")
+
+
 def test_out_of_memory_in_the_middle_of_a_step(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

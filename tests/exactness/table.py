@@ -116,6 +116,29 @@ TABLE = [
         refused="`rope_type: longrope`",
         short=True,
     ),
+    Entry(
+        "padded-longrope",
+        "Phi3",
+        {
+            "rope_parameters": LONGROPE | {"original_max_position_embeddings": 60},
+            "original_max_position_embeddings": 60,
+            "max_position_embeddings": 512,
+        },
+        {"sequence_len": 60, "pad_to_multiple_of": 8},
+        refused="longer than 60 tokens, padding included",
+    ),
+    Entry(
+        "opt-layerdrop",
+        "OPT",
+        {"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0, "layerdrop": 0.05},
+        refused="`layerdrop: 0.05`",
+        short=True,
+    ),
+    Entry(
+        "qwen3-moe",
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 4, **EXPERTS, "moe_intermediate_size": 32},
+    ),
     Entry(  # the host raises `max_position_embeddings` to `sequence_len`, so no row is above it
         "dynamic-rope",
         "Llama",

@@ -21,6 +21,7 @@ from aot_plugin.host.keys import (
     REFUSED,
     REFUSED_IF_ON,
     REFUSED_OF_TRL,
+    UPDATES_IN_BACKWARD,
     WITHOUT_EFFECT,
     known_keys,
 )
@@ -129,6 +130,12 @@ def test_a_key_of_trl_gets_the_hosts_spelling(key: str, loaded: Any) -> None:
         loaded(**{key: 1})
     for spelling in re.findall(r"write `(\w+)", FOREIGN[key]):
         assert spelling in known_keys()
+
+
+@pytest.mark.parametrize("optimizer", UPDATES_IN_BACKWARD)
+def test_an_optimizer_without_a_step_is_refused(optimizer: str, loaded: Any) -> None:
+    with pytest.raises(ValueError, match=f"`optimizer: {optimizer}` can't be used"):
+        loaded(optimizer=optimizer)
 
 
 @pytest.mark.parametrize("key", [*REFUSED_IF_ON, *(f"trl.{key}" for key in REFUSED_OF_TRL)])

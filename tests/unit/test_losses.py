@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from aot_plugin.ot.coupling import recoupled_fraction
 from aot_plugin.ot.losses import LossOptions, PairedLogps, UnpairedLogps, transport
 from aot_plugin.ot.penalties import PENALTIES, logistic, smoothed
-from aot_plugin.scoring.logps import sequence_logps
+from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
 from aot_plugin.scoring.model_input import padded_rows
 
 PAIRS, BETA = 32, 0.1
@@ -266,6 +266,7 @@ def test_the_side_of_the_padding_does_not_matter(tiny_llama: LlamaForCausalLM):
 def test_full_logits_are_never_held(tiny_llama: LlamaForCausalLM):
     batch = padded_batch("right", LENGTHS, tiny_llama.config.vocab_size)
     head, shapes = tiny_llama.get_output_embeddings(), []
+    sequence_logps(tiny_llama, head, padded_rows(batch))  # asks once how many tokens have logits
     with head.register_forward_hook(lambda module, args, output: shapes.append(output.shape)):
         sequence_logps(tiny_llama, head, padded_rows(batch))
     assert shapes == [(sum(c for _, c in LENGTHS),)]  # a number per completion token
@@ -286,3 +287,25 @@ def test_a_model_that_does_not_call_its_head(tiny_llama: LlamaForCausalLM):
     batch = padded_batch("right", LENGTHS, tiny_llama.config.vocab_size)
     actual = sequence_logps(Headless(), tiny_llama.lm_head, padded_rows(batch))
     torch.testing.assert_close(actual, naive_logps(tiny_llama, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_cuts_off_what_pads_its_vocabulary(tiny_llama: LlamaForCausalLM):
+    """On a vector of fewer tokens than it keeps the cut would not show."""
+    kept = tiny_llama.config.vocab_size - 3
+
+    class Cut(torch.nn.Module):
+        def forward(self, **inputs: Any) -> Any:
+            found = tiny_llama(**inputs)
+            found.logits = found.logits[..., :kept]
+            return found
+
+    batch = padded_batch("right", LENGTHS, kept)
+    head = tiny_llama.get_output_embeddings()
+    with torch.no_grad():
+        head.weight[kept:] *= 30
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
+    expected = naive_logps(Cut(), batch)
+    actual = sequence_logps(Cut(), head, padded_rows(batch))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    total = weighted_logps_sum(Cut(), head, padded_rows(batch), weights)
+    torch.testing.assert_close(total, (weights * expected).sum(), rtol=1e-5, atol=1e-5)

@@ -8,10 +8,24 @@ from harness import random_model
 from torch import nn
 
 from aot_plugin.scoring.layout import settle_layouts
-from aot_plugin.scoring.probe import MEDIAN, Found, probe
+from aot_plugin.scoring.probe import MEDIAN, Found, probe, probed_length
 
 CPU = torch.device("cpu")
 LENGTH = 128
+
+
+class Few(nn.Module):
+    """A layer whose output at every fifth token depends on how wide the row is, as that of sparse
+    attention does where scores are equal."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        found = self.inner(hidden)
+        found[:, ::5] += 4.0 * hidden.shape[1] / LENGTH
+        return found
 
 
 class Untold(nn.Module):
@@ -77,6 +91,46 @@ def test_an_exception_means_apart(model):
 @pytest.mark.parametrize("fault", [None, "longest"])
 def test_a_row_that_depends_on_its_company(model, fault, dtype):
     assert found(model, fault, dtype).depends_on_company is (fault is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_tokens_that_depend_on_their_company(word_tokenizer, dtype):
+    model = random_model(word_tokenizer, max_position_embeddings=512).eval()
+    model.model.norm = Few(model.model.norm)
+    seen = found(model, None, dtype)
+    assert seen.company.found[MEDIAN] <= seen.company.rounding[MEDIAN]
+    assert seen.depends_on_company
+
+
+def test_noise_of_the_size_of_rounding_hides_no_dependence(word_tokenizer):
+    """Kernels that add in any order do not give the same bits twice."""
+
+    class Noisy(Untold):
+        def forward(self, **inputs: Any) -> Any:
+            result = super().forward(**inputs)
+            return type(result)(logits=result.logits * (1 + 1e-7 * torch.randn(1)))
+
+    model = random_model(word_tokenizer, max_position_embeddings=512).eval()
+    for fault in (None, "longest"):
+        seen = probe(Noisy(model, fault), model, LENGTH, CPU, share=True)
+        assert not seen.random
+        assert seen.depends_on_company is (fault is not None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "longest", "expected"),
+    [
+        ({}, 4096, 1024),
+        ({"sliding_window": 2048}, 4096, 4096),
+        ({"sliding_window": 2048}, 1500, 1024),
+        ({"sliding_window": 2048}, None, 1024),
+    ],
+)
+def test_a_probe_is_as_long_as_what_the_config_names(keys, longest, expected):
+    from transformers import MistralConfig
+
+    config = MistralConfig(**{"sliding_window": None} | keys)
+    assert probed_length(config, longest) == expected
 
 
 def test_a_random_model_is_told_from_one_that_looks_aside(word_tokenizer):
