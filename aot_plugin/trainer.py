@@ -4,8 +4,6 @@ Data, adapters, reference model, logging and checkpoints are the host's; the fou
 (score, transport, backward, report) are in ``step.engine``.
 """
 
-import contextlib
-import textwrap
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -17,46 +15,34 @@ from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
+from transformers import PreTrainedTokenizerBase
 
 from .data import is_text, prepare_tokens
-from .data.sampler import StratifiedSampler
 from .host.adapters import policy_to_start_from, refuse_another_start, save_adapter_only
-from .host.checks import check_start, refuse_updates_within_a_step, some_weights
+from .host.checks import (
+    check_start,
+    refuse_inexact,
+    refuse_updates_within_a_step,
+    some_weights,
+)
 from .host.evaluation import EvaluationMixin
 from .host.loaded_models import loaded_after
+from .host.model_card import PAPER
 from .host.nodes import let_each_node_save
 from .host.precompute import PrecomputeMixin
 from .host.reference_cache import refuse_unlike_rows
-from .host.repeated_rows import distinct_rows, refuse_uneven_ranks
+from .host.repeated_rows import refuse_uneven_ranks, without_repeated_rows
+from .host.sampling import StratifiedSamplingMixin
 from .host.speed import permits, speed_features
 from .ot.losses import LossOptions, PairedLogps, StepLogps, UnpairedLogps
 from .registry import lookup
 from .scoring.batching import Sequences
-from .scoring.layout import settle_layouts
 from .scoring.model_input import Batch
-from .scoring.scorer import Scorer
 from .step.engine import MicroBatch, Objective, StepEngine
 from .step.metrics import step_metrics
 from .step.ranks import gather_rows
 
 LOG = get_logger("axolotl.aot_plugin.trainer")
-
-PAPER = {
-    "title": "Distributional Preference Alignment of LLMs via Optimal Transport",
-    "id": "2406.05882",
-    "citation": textwrap.dedent("""\
-        @inproceedings{melnyk2024distributional,
-            title        = {{Distributional Preference Alignment of LLMs via Optimal Transport}},
-            author       = {Igor Melnyk and Youssef Mroueh and others},
-            year         = 2024,
-            booktitle    = {Advances in Neural Information Processing Systems 37 (NeurIPS 2024)},
-            eprint       = {2406.05882},
-            archivePrefix = {arXiv},
-        }"""),
-}
 
 
 class NumberedBatch(dict[str, Any]):
@@ -67,7 +53,7 @@ class NumberedBatch(dict[str, Any]):
         self.number = number
 
 
-class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
+class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin):
     """AOT for any host trainer with TRL's batches (``input_ids``, ``attention_mask``,
     ``completion_mask``). A subclass says how a batch's sequences are labelled."""
 
@@ -76,7 +62,6 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
     _name = "AOT"
     _paper = PAPER
 
-    _is_constructed = False
     _mode: ClassVar[str]
     _step_class: ClassVar[type[PairedLogps] | type[UnpairedLogps]]
 
@@ -87,14 +72,6 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
     _metrics: dict[str, dict[str, list[float]]]
     _tokenizer: PreTrainedTokenizerBase
 
-    def _labels(self, batch: Batch) -> Tensor:
-        """[sequences] bool: chosen or positive."""
-        raise NotImplementedError
-
-    def _cached_ref_logps(self, batch: Batch) -> Tensor | None:
-        """[sequences]: the precomputed reference log-probabilities of a batch, if it has any."""
-        raise NotImplementedError
-
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         new_adapter = kwargs.get("peft_config")
         self._only_evaluates = new_adapter is None
@@ -102,7 +79,7 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
         super().__init__(model, *args, **kwargs)
         self._settle_reference()
         save_adapter_only(self.model, self.args)
-        self._refuse_what_is_not_exact()
+        refuse_inexact(self)
         refuse_uneven_ranks(self.accelerator)
         refuse_unlike_rows(self.train_dataset, self.eval_dataset)
         if self.args.save_on_each_node:
@@ -118,7 +95,6 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
             report=self._report,
         )
         self._step: list[Batch] = []
-        self._empty_micro_batches = 0
         self._checked = False
         self._scored_with: list[Tensor] | None = None
         self._one_sided_steps = 0
@@ -135,60 +111,6 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
         )
         loss = lookup("aot_losses", "aot_loss", self.args.aot_loss)
         return Objective(loss, options, self._step_class, self.args.aot_batch == "step")
-
-    @cached_property
-    def _scorer(self) -> Scorer:
-        # Made when it is first asked for: TRL precomputes reference log-probabilities, in its
-        # construction.
-        return Scorer(
-            policy=lambda: self.model_wrapped,
-            head=lambda: self.model.get_output_embeddings(),
-            reference=self._as_reference,
-            settle=lambda model: settle_layouts(
-                model,
-                self.accelerator.unwrap_model(model),
-                self._widest_row(),
-                self.args.device,
-                checkpointing=self.args.gradient_checkpointing,
-                regrouped=self.args.aot_batch == "step",
-            ),
-            with_gradient=self.compute_loss_context_manager,
-            without_gradient=self._without_gradient,
-            multiple=self._pad_to_multiple_of,
-        )
-
-    def _widest_row(self) -> int | None:
-        longest = self.args.max_length
-        return longest and longest + -longest % self._pad_to_multiple_of
-
-    @property
-    def _pad_to_multiple_of(self) -> int:
-        return getattr(self.data_collator, "pad_to_multiple_of", None) or 1
-
-    def _refuse_what_is_not_exact(self) -> None:
-        if self._is_vision_dataset:
-            raise ValueError("`rl: aot` trains on text; the data set has an image column")
-        # Of a fresh adapter, whose output is 0, no score would show it.
-        dropout = (n for n, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p)
-        if self.args.aot_batch == "step" and (name := next(dropout, None)):
-            raise ValueError(
-                f"the network is random: the dropout {name!r} is on, and the scores of a step and "
-                "its gradient would come from two different networks; set it to 0"
-            )
-        # One chance in twenty to leave out a layer is likely to pass the first micro-batch.
-        layerdrop = getattr(self.model.config, "layerdrop", None)
-        if self.args.aot_batch == "step" and layerdrop:
-            raise ValueError(
-                f"the network is random: `layerdrop: {layerdrop}` leaves out whole layers, and the "
-                "scores of a step and its gradient would come from two different networks; write "
-                "`overrides_of_model_config: {layerdrop: 0.0}`"
-            )
-        if self.aux_loss_enabled:
-            raise ValueError(
-                f"the mixture-of-experts auxiliary loss (coefficient {self.router_aux_loss_coef}) "
-                "is a mean over micro-batches and can't be exact over a step; write "
-                "`overrides_of_model_config: {router_aux_loss_coef: 0.0}`"
-            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         refuse_another_start(Path(resume_from_checkpoint), self.args)
@@ -214,35 +136,6 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
                 dataset, self._tokenizer, self._mode, max_length, args.dataset_num_proc
             )
 
-    @contextlib.contextmanager
-    def _without_gradient(self) -> Iterator[None]:
-        with (
-            torch.no_grad(),
-            self.compute_loss_context_manager(),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-        ):
-            yield
-
-    @contextlib.contextmanager
-    def _as_reference(self, policy: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """The frozen reference and its LM head: the loaded reference model, or the policy with its
-        adapter disabled (or exchanged for TRL's frozen copy "ref")."""
-        if self.ref_model is not None:
-            unwrapped: Any = self.accelerator.unwrap_model(self.ref_model)
-            yield self.ref_model, unwrapped.get_output_embeddings()
-            return
-        head = self.model.get_output_embeddings()
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        adapters = getattr(unwrapped, "peft_config", None)
-        if adapters is None:
-            # The precomputing pass of full fine-tuning: before step 1 they are the same.
-            if self._is_constructed:
-                raise RuntimeError("there is no reference: its log-probabilities are not cached")
-            yield policy, head
-            return
-        with use_adapter(unwrapped, adapter_name="ref" if "ref" in adapters else None):
-            yield policy, head
-
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Any]:
@@ -263,7 +156,7 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
         if inputs.number == 0:
             batches = [self._micro_batch(prepare(batch)) for batch in self._step]
             self._step = []
-            empty = self._without_repeated_rows(batches)
+            empty = without_repeated_rows(self, batches[-1])
             if not self._checked:
                 self._checked = True
                 self._check_start(batches)
@@ -287,27 +180,6 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin, Trainer):
         )
         # Not before: what wraps the model is known now, and what it does to its logits.
         LOG.info("speed: %s", speed_features(self, self._scorer.layouts().why_not_shared))
-
-    def _micro_batch(self, batch: Batch) -> MicroBatch:
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "completion_mask")}
-        labels = self._labels(batch)
-        return MicroBatch(inputs, labels, torch.ones_like(labels), self._cached_ref_logps(batch))
-
-    def _without_repeated_rows(self, batches: list[MicroBatch]) -> int:
-        """Gives mass 0 to the rows that accelerate repeats to fill an epoch's last micro-batches;
-        returns how many micro-batches, of any rank, hold nothing else."""
-        ranks = self.accelerator.num_processes
-        ends = self.accelerator.gradient_state.end_of_dataloader
-        if ranks == 1 or not ends or self.args.dataloader_drop_last:
-            return 0
-        dataset: Any = self.train_dataset
-        per_row = self._step_class.sequences_per_row
-        size = len(batches[-1]) // per_row
-        distinct = distinct_rows(len(dataset), size, ranks)
-        # Rows of several sequences stand in as many blocks, one sequence of each row in every one.
-        places = torch.arange(size, device=self.args.device).repeat(per_row)
-        batches[-1].counts.copy_(places < distinct[self.accelerator.process_index])
-        return distinct.count(0)
 
     def _collate(self, sequences: Sequences, rows: Any) -> Batch:
         pad_token = self._tokenizer.pad_token_id
@@ -383,7 +255,7 @@ class AOTPairedTrainer(AOTTrainerMixin, AxolotlDPOTrainer):
         return logps.chunk(2)
 
 
-class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
+class AOTUnpairedTrainer(AOTTrainerMixin, StratifiedSamplingMixin, AxolotlKTOTrainer):
     """AOT on labelled rows, over the host's KTO trainer (data, adapters, reference)."""
 
     _mode = "unpaired"
@@ -402,29 +274,3 @@ class AOTUnpairedTrainer(AOTTrainerMixin, AxolotlKTOTrainer):
 
     def _reference_columns(self, logps: Tensor) -> tuple[Tensor | None, ...]:
         return logps, None
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Steps with both labels, unless the YAML asks for an order of its own."""
-        self._refuse_single_rows()
-        if self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return StratifiedSampler(dataset["label"], self._step_rows(), seed)
-
-    def _step_rows(self) -> int:
-        """The rows of an optimizer step, over all ranks."""
-        accumulation = self.args.gradient_accumulation_steps
-        ranks = 1 if self.accelerator.split_batches else self.accelerator.num_processes
-        return self.args.train_batch_size * accumulation * ranks
-
-    def _refuse_single_rows(self) -> None:
-        per_step = self.args.aot_batch == "step"
-        if (self._step_rows() if per_step else self.args.train_batch_size) > 1:
-            return
-        batch = "a step" if per_step else "a micro-batch (`aot_batch: micro_batch`)"
-        keys = "`micro_batch_size`" + (" or `gradient_accumulation_steps`" if per_step else "")
-        raise ValueError(
-            f"{batch} of one row has no other label to compare with, so nothing would be trained: "
-            f"raise {keys} (the more rows are sorted together, the better)"
-        )

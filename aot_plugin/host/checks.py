@@ -157,6 +157,35 @@ def _random_rounding(model: Any, eps: float) -> Iterator[None]:
             hook.remove()
 
 
+def refuse_inexact(trainer: Any) -> None:
+    """Raises ValueError for what is known, before any row is scored, not to be exact over a step.
+
+    Args:
+        trainer: one of ours, constructed.
+    """
+    if trainer._is_vision_dataset:
+        raise ValueError("`rl: aot` trains on text; the data set has an image column")
+    model, whole_step = trainer.model, trainer.args.aot_batch == "step"
+    random = (
+        "the network is random: {}, and the scores of a step and its gradient would come from two "
+        "different networks; {}"
+    )
+    # Of a fresh adapter, whose output is 0, no score would show it.
+    dropout = (n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p)
+    if whole_step and (name := next(dropout, None)):
+        raise ValueError(random.format(f"the dropout {name!r} is on", "set it to 0"))
+    # One chance in twenty to leave out a layer is likely to pass the first micro-batch.
+    if whole_step and (layerdrop := getattr(model.config, "layerdrop", None)):
+        advice = "write `overrides_of_model_config: {layerdrop: 0.0}`"
+        raise ValueError(random.format(f"`layerdrop: {layerdrop}` leaves out whole layers", advice))
+    if trainer.aux_loss_enabled:
+        raise ValueError(
+            "the mixture-of-experts auxiliary loss (coefficient "
+            f"{trainer.router_aux_loss_coef}) is a mean over micro-batches and can't be exact over "
+            "a step; write `overrides_of_model_config: {router_aux_loss_coef: 0.0}`"
+        )
+
+
 def check_start(
     scorer: Scorer,
     batch: MicroBatch,

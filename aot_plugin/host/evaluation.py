@@ -7,37 +7,27 @@ import numpy as np
 import torch
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
 from ..ot.losses import PairedLogps
 from ..report import Scores, log_figure_to_loggers, record_evaluation
-from ..scoring.model_input import Batch
-from ..scoring.scorer import Scorer
-from ..step.engine import MicroBatch, Objective, check_finite
+from ..step.engine import Objective, check_finite
 from ..step.metrics import step_metrics
+from .scoring import ScoringMixin
 
 LOG = get_logger("axolotl.aot_plugin.evaluation")
 
 
-class EvaluationMixin(Trainer):
+class EvaluationMixin(ScoringMixin):
     """The host's evaluation loop gathers our columns over batches and ranks (and drops the rows
     that it repeated to fill the last batch); one problem is solved on all of them, so the result
     does not depend on the batch size."""
 
-    args: Any
     beta: float
     _eval_name = "eval"
 
     @property
-    def _scorer(self) -> Scorer:
-        raise NotImplementedError
-
-    @property
     def _objective(self) -> Objective:
-        raise NotImplementedError
-
-    def _micro_batch(self, batch: Batch) -> MicroBatch:
         raise NotImplementedError
 
     def evaluation_loop(

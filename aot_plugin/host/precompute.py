@@ -6,15 +6,14 @@ from typing import Any
 from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer
 
 from ..digests import digest
-from ..scoring.scorer import Scorer
 from . import compat
 from .adapters import settle_reference
 from .loaded_models import begin_as_policy
 from .nodes import EachNodeWrites, ask_each_node
 from .reference_cache import Identity, identify, reference_file, rows_digest
+from .scoring import ScoringMixin
 
 LOG = get_logger("axolotl.aot_plugin.precompute")
 
@@ -25,21 +24,14 @@ CACHED_FOR = (
 """Training arguments that reference log-probabilities depend on."""
 
 
-class PrecomputeMixin(Trainer):
+class PrecomputeMixin(ScoringMixin):
     """``precompute_ref_log_probs`` with a cache that later runs find (see ``reference_cache``)."""
 
-    args: Any
-    model: Any
-    ref_model: nn.Module | None
     # Known before construction ends: TRL precomputes reference log-probabilities there.
     _only_evaluates: bool
     _reference_is_settled = False
     _reference: Identity | None = None
     _reference_passes = 0
-
-    @property
-    def _scorer(self) -> Scorer:
-        raise NotImplementedError
 
     def _reference_columns(self, logps: Tensor) -> tuple[Tensor | None, ...]:
         """A batch's log-probabilities, [sequences], as the columns that TRL keeps of them."""

@@ -6,7 +6,12 @@ same number of passes. In the order of the ranks, then, the repeated rows are th
 last micro-batches. They are read for the sake of the wrapper, and count for nothing.
 """
 
+from typing import Any
+
+import torch
 from accelerate import Accelerator
+
+from ..step.engine import MicroBatch
 
 
 def distinct_rows(total: int, size: int, ranks: int) -> list[int]:
@@ -39,3 +44,22 @@ def refuse_uneven_ranks(accelerator: Accelerator) -> None:
             "`accelerator_config: {dispatch_batches: true}` cuts micro-batches up without a look "
             "at which sequences belong together; remove it"
         )
+
+
+def without_repeated_rows(trainer: Any, batch: MicroBatch) -> int:
+    """Gives mass 0 to the repeated rows of a step's last micro-batch on this rank.
+
+    Returns:
+        How many of the step's micro-batches, of any rank, hold nothing else.
+    """
+    ranks = trainer.accelerator.num_processes
+    ends = trainer.accelerator.gradient_state.end_of_dataloader
+    if ranks == 1 or not ends or trainer.args.dataloader_drop_last:
+        return 0
+    per_row = trainer._step_class.sequences_per_row
+    size = len(batch) // per_row
+    distinct = distinct_rows(len(trainer.train_dataset), size, ranks)
+    # Rows of several sequences stand in as many blocks, one sequence of each row in every one.
+    places = torch.arange(size, device=batch.counts.device).repeat(per_row)
+    batch.counts.copy_(places < distinct[trainer.accelerator.process_index])
+    return distinct.count(0)

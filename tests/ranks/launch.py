@@ -59,6 +59,7 @@ FAULTS: dict[str, Callable[..., Any]] = {"die": die, "not_finite": not_finite}
 def observed(job: dict[str, str]) -> Iterator[None]:
     """Asserts what wraps the model in every training step, and lets the job's fault happen."""
     from aot_plugin import trainer
+    from aot_plugin.host import repeated_rows
 
     training_step = trainer.AOTTrainerMixin.training_step
 
@@ -74,7 +75,7 @@ def observed(job: dict[str, str]) -> Iterator[None]:
         patch = mock.patch.object
         stack.enter_context(patch(trainer.AOTTrainerMixin, "training_step", faulty))
         if job.get("repeats") == "count":
-            every_row = patch(trainer, "distinct_rows", lambda _, size, ranks: [size] * ranks)
+            every_row = patch(repeated_rows, "distinct_rows", lambda _, size, ranks: [size] * ranks)
             stack.enter_context(every_row)
         yield
 
