@@ -1,7 +1,7 @@
 """The trainers that the host calls: AOT on top of its DPO and KTO trainers.
 
-Data, adapters, reference model, logging and checkpoints are the host's; the four moves of a step
-(score, transport, backward, report) are in ``step.engine``.
+Data, adapters, reference model, logging and checkpoints are the host's. An optimizer step (score,
+transport, backward, report) is run by ``step.engine``.
 """
 
 from collections.abc import Iterator

@@ -13,7 +13,7 @@ def why_graph_is_not_kept(trainer: Trainer) -> str | None:
     second forward pass; None if nothing does.
 
     A wrapper that counts forward and backward passes does (DDP, DeepSpeed, FSDP), and so does a
-    training step of the host's that moves activations out of the way.
+    training step of the host's that offloads activations.
     """
     args: Any = trainer.args
     if getattr(args, "activation_offloading", False):
@@ -32,7 +32,7 @@ def why_graph_is_not_kept(trainer: Trainer) -> str | None:
 
 
 def permits(trainer: Trainer) -> Permits:
-    """What stands in the way of the carries that need no second forward pass."""
+    """Which carries that avoid a second forward pass are allowed in this run."""
     return Permits(why_graph_is_not_kept(trainer), why_gradients_are_not_held(trainer))
 
 

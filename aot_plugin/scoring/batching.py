@@ -1,6 +1,6 @@
 """The sequences of an optimizer step, freed from the micro-batches in which they came.
 
-After the transport move every sequence has a fixed weight of its own, so any regrouping into
+After the transport stage every sequence has a fixed weight, so any regrouping into
 micro-batches gives the same gradient. Grouping by length removes most of the padding, equal shares
 of the tokens lower the peak of memory, and keeping the sequences of a prompt together lets the
 prompt be encoded once, where that is less work.
@@ -29,7 +29,7 @@ from .shared_prompts import (
 @dataclass(frozen=True)
 class Sequences:
     """Unpadded rows: ``input_ids`` and ``completion_mask`` are lists of [length] int64 tensors, in
-    the CPU's memory, where taking them apart waits for no kernel."""
+    CPU memory, so that slicing does not synchronize with the GPU."""
 
     input_ids: list[Tensor]
     completion_mask: list[Tensor]
@@ -124,8 +124,8 @@ def split_by_tokens(blocks: Sequence[Block], parts: int) -> list[list[int]]:
     """Cut blocks, ordered from long to short, into ``parts`` runs that hold at least one each.
 
     A run costs what it takes padded: its number of blocks times the tokens of its longest. The
-    cost of the dearest run, which decides the peak of memory, is the least possible: few long
-    rows meet in one batch, and many short ones in another. Dearest first, so that what one batch
+    cost of the most expensive run, which sets the peak of memory, is minimal: few long rows share
+    a batch, many short ones another. The most expensive runs first, so that what one batch
     frees has room for the next.
     """
 

@@ -2,8 +2,8 @@
 
 The logits are by far the widest tensor of a forward pass (tokens x vocabulary). Here they exist for
 a chunk of tokens at a time. Where the weight of a token in the loss is known before the forward
-pass, as it is after the transport move, the gradient of a chunk is taken while its logits are at
-hand, so they are computed once; otherwise the backward pass computes them anew.
+pass, as it is after the transport stage, the gradient of a chunk is computed together with its
+logits, so these are computed once; otherwise the backward pass computes them anew.
 """
 
 from collections.abc import Iterator

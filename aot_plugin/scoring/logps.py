@@ -33,7 +33,7 @@ def weighted_logps_sum(
     model: nn.Module, head: nn.Module, inputs: ModelInput, weights: Tensor
 ) -> Tensor:
     """sum(weights x ``sequence_logps``) for constant weights [sequences] float32: the surrogate of
-    the backward move, in a form that computes the logits once."""
+    the backward stage, in a form that computes the logits once."""
     return _token_logps(model, head, inputs, weights)[0].sum()
 
 
@@ -126,8 +126,8 @@ def _gives_all_logits(model: nn.Module, head: nn.Module, inputs: ModelInput) -> 
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Equality in which NaN is NaN: where the numbers of one rank alone are not finite, it must not
-    take one forward pass more than the others, which would wait for it for ever."""
+    """Equality with NaN equal to NaN: a rank whose numbers are not finite must not run one forward
+    pass more than the others, which would deadlock."""
     if a.shape != b.shape:
         return False
     return torch.allclose(a.double(), b.double(), rtol=0.0, atol=0.0, equal_nan=True)

@@ -41,7 +41,7 @@ class ModelInput:
 
 
 def padded_rows(batch: Batch) -> ModelInput:
-    """Each sequence in a row of its own, as it stands in the batch."""
+    """The batch as it is: one sequence per row."""
     ids, attention, completion = (
         batch[name] for name in ("input_ids", "attention_mask", "completion_mask")
     )

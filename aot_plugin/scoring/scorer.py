@@ -1,4 +1,4 @@
-"""Log-probabilities of batches under policy and reference, and a count of what they took."""
+"""Scores batches under policy and reference, and records each forward pass."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,8 +17,14 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass: of which model ("policy" or "reference"), whether with gradient, and the
-    rows and width of its input, in the layout "padded" or "shared"."""
+    """A forward pass.
+
+    Attributes:
+        model: "policy" or "reference".
+        gradient: True if a graph was built.
+        layout: "padded" or "shared".
+        rows, width: shape of the model's input.
+    """
 
     model: str
     gradient: bool
@@ -28,18 +34,17 @@ class Pass:
 
 
 class Scorer:
-    """Scores batches the way that one run does.
+    """Scores batches with one run's models, precision and layout.
 
     Args:
-        policy: the policy as it is wrapped at the moment.
-        head: the policy's LM head.
-        reference: a context in which the reference can score, given the policy as it is wrapped:
-            (model, LM head). It may be the policy with its adapter switched off.
-        settle: how a model may be given its sequences; asked once, of the first one that is about
-            to score any, the policy or the reference.
-        with_gradient: what a pass with gradient runs in (autocast).
-        without_gradient: what any other pass runs in.
-        multiple: what the width of rows is rounded up to.
+        policy: returns the policy as currently wrapped (DDP, DeepSpeed, FSDP, torch.compile).
+        head: returns the policy's LM head.
+        reference: context manager that takes the wrapped policy and yields (model, LM head) of the
+            reference, for instance the policy with its adapter disabled.
+        settle: decides the layout; called once, with the model that scores first.
+        with_gradient: context of passes with gradient (autocast).
+        without_gradient: context of passes without.
+        multiple: row widths are rounded up to a multiple of it.
     """
 
     def __init__(
@@ -63,26 +68,27 @@ class Scorer:
         """The policy's log-probabilities, [sequences] float32, in nats, without gradient.
 
         Args:
-            model: the policy, where it is not wrapped as it is in training.
+            batch: the sequences.
+            model: the policy, if another wrapping than that of training is in use (evaluation).
         """
         model = self._policy() if model is None else model
         with self._without_gradient():
             return sequence_logps(model, self._head(), self._arranged(batch, model, "policy"))
 
     def logps_apart(self, batch: Batch) -> Tensor:
-        """The same, with each sequence in a row of its own."""
+        """``logps`` with one sequence per row, whatever the layout."""
         with self._without_gradient():
             return sequence_logps(self._policy(), self._head(), padded_rows(batch))
 
     def logps_with_graph(self, batch: Batch) -> Tensor:
-        """The same with gradient, in the policy's parameters."""
+        """``logps`` with the graph to the policy's parameters."""
         model = self._policy()
         with self._with_gradient():
             inputs = self._arranged(batch, model, "policy", gradient=True)
             return sequence_logps(model, self._head(), inputs)
 
     def weighted_sum(self, batch: Batch, weights: Tensor) -> Tensor:
-        """sum(weights x logps), [] float32 with gradient, for constant weights [sequences]."""
+        """sum_i weights_i logp_i, [] float32 with graph, for constant weights [sequences]."""
         model = self._policy()
         with self._with_gradient():
             inputs = self._arranged(batch, model, "policy", gradient=True)
@@ -92,21 +98,22 @@ class Scorer:
         """The reference's log-probabilities, [sequences] float32, in nats.
 
         Args:
-            policy: as ``model`` above.
+            batch: the sequences.
+            policy: as ``model`` in ``logps``.
         """
         policy = self._policy() if policy is None else policy
         with self._without_gradient(), self._reference(policy) as (model, head):
             return sequence_logps(model, head, self._arranged(batch, policy, "reference"))
 
     def layouts(self, model: nn.Module | None = None) -> Layouts:
-        """How sequences are given to the model, settled by now or at once."""
+        """The layout, decided now if it has not been."""
         if self._layouts is None:
             with self._without_gradient():
                 self._layouts = self._settle(self._policy() if model is None else model)
         return self._layouts
 
     def take_passes(self) -> list[Pass]:
-        """The passes since this was asked last."""
+        """The passes since the last call."""
         passes, self._passes = self._passes, []
         return passes
 

@@ -147,8 +147,8 @@ def shared_rows(
 
 
 def unpadded(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-    """``input_ids`` and ``completion_mask`` of each sequence, [length] int64, in the CPU's memory:
-    taking a batch apart waits for no kernel there."""
+    """``input_ids`` and ``completion_mask`` of each sequence, [length] int64, on the CPU,
+    so that slicing does not synchronize with the GPU."""
     keep = batch["attention_mask"].bool().cpu()
     ids, completion = (
         [row[k] for row, k in zip(batch[name].cpu(), keep, strict=True)]

@@ -1,4 +1,4 @@
-"""Which carry each micro-batch of a step gets: what is permitted, and what fits."""
+"""Which carry each micro-batch of a step gets, from what is permitted and what fits."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ HELD_SHARE = 1 / 3
 
 @dataclass(frozen=True)
 class Permits:
-    """What stands in the way of a carry in this run, in words; None if nothing does."""
+    """Why a carry is not allowed in this run, for the log; None if it is."""
 
     why_no_kept_graph: str | None
     why_no_held_gradients: str | None
@@ -19,8 +19,8 @@ class Permits:
 
 @dataclass(frozen=True)
 class Allotment:
-    """Carries of a step's micro-batches, in their order: the first ``held`` hold gradients, the
-    next ``kept`` (at most one) keep their graph, and the others are scored again."""
+    """Carries of a step's micro-batches in order: the first ``held`` use HoldGradient, the next
+    ``kept`` (0 or 1) KeepGraph, the others Rescore."""
 
     held: int
     kept: int
@@ -41,14 +41,16 @@ def gradients_that_fit(model: nn.Module) -> int:
 
 
 def allot(micro_batches: int, one_row_each: bool, permits: Permits, fit: int) -> Allotment:
-    """The carries of a step.
+    """Allots carries to the micro-batches of a step.
 
-    Gradients are held for rows only. A graph is kept for the micro-batch that is scored last and
-    back-propagated next, so that no two graphs are alive at once.
+    A gradient can be held for a single row only. A graph is kept for the micro-batch that is scored
+    last and back-propagated first, so that at most one graph is alive at a time.
 
     Args:
-        one_row_each: whether each micro-batch holds a single row.
-        fit: ``gradients_that_fit``.
+        micro_batches: their number.
+        one_row_each: True if every micro-batch is a single row.
+        permits: which carries are allowed.
+        fit: how many gradients may be held (``gradients_that_fit``).
     """
     may_hold = one_row_each and permits.why_no_held_gradients is None
     held = min(micro_batches, fit) if may_hold else 0

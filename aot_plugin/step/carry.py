@@ -1,8 +1,8 @@
-"""What takes one micro-batch from its scores to its part of the step's gradient.
+"""How one micro-batch gets from its scores to its contribution to the step's gradient.
 
-Before the transport move a sequence has no weight in the loss; afterwards it has one, a constant
-dL/dlogp, and its part of the gradient is dL/dlogp x grad logp. The three kinds differ in what they
-keep between the two: nothing, the scoring pass's graph, or grad logp itself.
+Sequence i contributes (dL/dlogp_i) grad logp_i. The weight dL/dlogp_i is known only after all
+sequences of the step are scored. The three carries differ in what they keep in the meantime:
+nothing, the autograd graph of the scoring pass, or grad logp_i itself.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from ..scoring.scorer import Scorer
 
 
 class Carry(Protocol):
-    """One micro-batch of n sequences; each method is called once, in this order."""
+    """One micro-batch of n sequences. Each method is called once, in this order."""
 
     def score(self) -> Tensor:
-        """Their log-probabilities, [n] float32, in nats, without gradient."""
+        """Log-probabilities of the sequences, [n] float32, in nats, detached."""
         ...
 
     def surrogate(self, weights: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class Carry(Protocol):
 
 
 class Rescore:
-    """Keeps nothing, and takes a second forward pass."""
+    """Keeps nothing; the backward stage runs a second forward pass."""
 
     def __init__(self, scorer: Scorer, batch: Batch) -> None:
         self._scorer, self._batch = scorer, batch
@@ -43,7 +43,7 @@ class Rescore:
 
 
 class KeepGraph:
-    """Keeps the graph of the scoring pass."""
+    """Keeps the autograd graph of the scoring pass."""
 
     def __init__(self, scorer: Scorer, batch: Batch) -> None:
         self._scorer, self._batch = scorer, batch
@@ -59,17 +59,16 @@ class KeepGraph:
 
 
 class HoldGradient:
-    """Keeps the gradient of one row's score, a copy of the trainable parameters: little for
-    adapters.
+    """Keeps the gradient of a row's score s = sum_i signs_i logp_i.
 
-    The weights of a row's sequences are known but for one factor where the loss looks at the row's
-    score alone: +1 for one sequence, +1 and -1 for the two of a pair (their margin). Then the row's
-    part of the gradient is that factor times the gradient held. A loss that looks at more of a pair
-    costs a second forward pass.
+    A row is one sequence (s = logp) or one pair (s = the margin). If the loss depends on the row
+    through s only, the row contributes (dL/ds) grad s, and dL/ds is a single number. Memory: one
+    copy of the trainable parameters per row, which is small for adapters. If the loss depends on a
+    pair's two log-probabilities in another way, a second forward pass is run instead.
 
     Args:
-        signs: [n] float32, 1 or -1: the score is sum(signs x logp).
-        parameters: the trainable ones.
+        signs: [n] float32, each 1 or -1.
+        parameters: the trainable parameters.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class HoldGradient:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the gradient that is held."""
+        """Bytes of the held gradient."""
         return sum(g.nbytes for g in self._gradient or () if g is not None)
 
     def score(self) -> Tensor:
@@ -102,8 +101,12 @@ class HoldGradient:
 def scaled_gradient(
     factor: Tensor, gradient: Sequence[Tensor | None], parameters: Sequence[Tensor]
 ) -> Tensor:
-    """A scalar of value 0 (float32) whose gradient in the parameters is factor x gradient, for a
-    constant factor []. None in ``gradient`` stands for 0."""
+    """A scalar of value 0 (float32) whose gradient in ``parameters`` is factor x gradient.
+
+    Args:
+        factor: [], a constant.
+        gradient: one tensor per parameter; None for 0.
+    """
     return _ScaledGradient.apply(factor, gradient, *parameters)
 
 

@@ -1,16 +1,17 @@
-"""The moves of an optimizer step: score, transport, backward.
+"""One optimizer step: score, transport, backward.
 
-The loss of a step is a function of one vector, the log-probabilities of all its sequences. So:
+The loss L of a step is a function of one vector, the log-probabilities of all its sequences:
 
-1. *score* every sequence of the step, under policy and reference;
-2. *transport*: gather the scores of all ranks, and take the loss and dL/dlogp of every sequence;
-3. *backward*: per micro-batch, back-propagate sum(dL/dlogp x logp), with dL/dlogp a constant. By
-   the chain rule the accumulated gradient is that of the whole batch (GradCache, arXiv 2101.06983,
-   does this for contrastive learning).
+1. *Score* every sequence of the step under policy and reference.
+2. *Transport*: gather the scores of all ranks, compute L and dL/dlogp for every sequence.
+3. *Backward*: for each micro-batch, back-propagate sum_i (dL/dlogp_i) logp_i(theta) with constant
+   dL/dlogp_i. By the chain rule the accumulated gradient is dL/dtheta of the whole step.
 
-After move 2 a sequence has a fixed weight, so sequences may be regrouped into other micro-batches.
-A step of one micro-batch is scored in its backward move, by the host's own forward pass; so is each
-micro-batch where micro-batches are problems of their own.
+This is GradCache (Gao et al. 2021, arXiv 2101.06983, sec. 3.2) applied to sequence scores. After
+stage 2 each sequence has a fixed weight, so sequences can be regrouped into other micro-batches.
+
+A step of a single micro-batch is scored in stage 3, in the host's own forward pass. So is every
+micro-batch with ``aot_batch: micro_batch``, where each one is a transport problem of its own.
 """
 
 import time
@@ -32,13 +33,13 @@ from .record import Problem, StepRecord, emit, is_watched
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences that the host collated together.
+    """Sequences that the host collated into one batch.
 
     Attributes:
-        inputs: their tokens.
-        is_positive: [sequences] bool: chosen, or positive.
-        counts: [sequences] bool: False for a repeated row, which has mass 0.
-        ref_logps: [sequences] float32, in nats; None where the reference is still to be asked.
+        inputs: token ids and masks.
+        is_positive: [sequences] bool; True for a chosen (paired) or positive (unpaired) sequence.
+        counts: [sequences] bool; False for a repeated row, which has mass 0 in the loss.
+        ref_logps: [sequences] float32, in nats; None if the reference has not been scored yet.
     """
 
     inputs: Batch
@@ -50,7 +51,7 @@ class MicroBatch:
         return len(self.is_positive)
 
     def take(self, rows: Sequence[int], inputs: Batch) -> "MicroBatch":
-        """Some of the sequences, collated anew."""
+        """The sequences ``rows`` of this batch, with ``inputs`` as their token ids and masks."""
         index = torch.as_tensor(rows, device=self.is_positive.device)
         ref_logps = None if self.ref_logps is None else self.ref_logps[index]
         return MicroBatch(inputs, self.is_positive[index], self.counts[index], ref_logps)
@@ -58,12 +59,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a step, as a function of the log-probabilities of its sequences.
+    """The loss of a step as a function of its sequences' log-probabilities.
 
     Attributes:
-        step_class: what gives the sequences their meaning.
-        whole_step: whether all rows of a step, over micro-batches and ranks, are one problem, or
-            those of each micro-batch on each rank.
+        loss: the function, built in or of another package.
+        options: penalty, beta, sort and label smoothing.
+        step_class: builds u and v from sequences.
+        whole_step: True if all sequences of a step, over micro-batches and ranks, form one
+            transport problem; False if each micro-batch of each rank does.
     """
 
     loss: StepLoss
@@ -72,23 +75,26 @@ class Objective:
     whole_step: bool
 
     def __call__(self, logps: Tensor, ref_logps: Tensor, is_positive: Tensor) -> Tensor:
-        """The loss, [] float64, of float64 log-probabilities of [sequences]."""
+        """The loss, [] float64, for float64 log-probabilities [sequences]."""
         return self.loss(self.step(logps, ref_logps, is_positive), self.options)
 
     def step(self, logps: Tensor, ref_logps: Tensor, is_positive: Tensor) -> StepLogps:
+        """The same sequences as pairs or labelled rows."""
         return self.step_class.from_sequences(logps, ref_logps, is_positive)
 
 
 class StepEngine:
-    """Runs the steps of one training.
+    """Runs the optimizer steps of a training run.
 
     Args:
-        model: the unwrapped policy, whose trainable parameters a gradient is held of.
-        gather: rows of this rank -> (rows of all ranks, where this rank's stand).
-        ranks: how many there are.
-        permits: what stands in the way of the cheaper carries, asked once a step.
-        collate: sequences and the numbers of some -> a batch of these.
-        report: called with every transport problem that is solved.
+        scorer: scores batches under policy and reference.
+        objective: the loss.
+        model: the unwrapped policy; its trainable parameters are those that gradients refer to.
+        gather: maps this rank's rows to (rows of all ranks, slice of this rank's).
+        ranks: number of ranks.
+        permits: returns which carries are allowed; called once per step.
+        collate: builds a batch from ``Sequences`` and the indices of some of them.
+        report: called with each transport problem after it is solved.
     """
 
     def __init__(
@@ -113,19 +119,20 @@ class StepEngine:
 
     @property
     def mean_loss(self) -> float:
-        """The true loss, divided by the number of micro-batches: the host sums over these, and
-        averages over ranks."""
+        """The step's loss divided by its number of micro-batches, since the host sums what
+        ``training_step`` returns over micro-batches and averages it over ranks."""
         return self._loss / self._micro_batches
 
     def begin(self, batches: Sequence[MicroBatch], empty: int, step: int) -> None:
-        """Moves 1 and 2 of a step.
+        """Stages 1 and 2.
 
         Args:
-            empty: micro-batches of any rank that hold repeated rows only.
-            step: its number in the run, from 1.
+            batches: this rank's micro-batches.
+            empty: number of micro-batches, over all ranks, that contain repeated rows only.
+            step: number of the step in the run, from 1.
 
         Raises:
-            FloatingPointError: on every rank, if a log-probability of any is not finite.
+            FloatingPointError: on all ranks, if any log-probability is not finite.
         """
         started = time.perf_counter()
         self._micro_batches = len(batches)
@@ -148,7 +155,8 @@ class StepEngine:
         self._record.seconds = time.perf_counter() - started
 
     def surrogate(self, number: int) -> Tensor:
-        """Move 3 of a micro-batch: a scalar (float32) whose gradient is its part of the step's."""
+        """Stage 3: a scalar (float32) whose gradient is the contribution of micro-batch ``number``
+        to the step's gradient. Call once per micro-batch, from 0."""
         carry, batch, weights = self._due.pop(number)
         if weights is None:
             logps = carry.score()
@@ -161,7 +169,7 @@ class StepEngine:
         return surrogate
 
     def abandon(self) -> None:
-        """Lets go of all that a step holds, which ended in an error."""
+        """Frees the graphs, gradients and batches of a step that failed."""
         self._due.clear()
 
     def _score_and_weigh(
@@ -175,7 +183,7 @@ class StepEngine:
             len(batches), one_row_each, self._permits(), gradients_that_fit(self._model)
         )
         if allotted.held:
-            # Each row stays by itself, the longest first: memory peaks while none is held yet.
+            # One row per micro-batch, longest first: memory peaks before any gradient is held.
             lengths = sequences.lengths()
             groups = [list(range(i, i + row)) for i in range(0, len(sequences), row)]
             groups.sort(key=lambda rows: -sum(lengths[row] for row in rows))
@@ -188,10 +196,10 @@ class StepEngine:
         ]
         logps = torch.empty(len(sequences), device=step.is_positive.device)
         ref_logps = torch.empty_like(logps)
-        # A graph is kept of the pass that comes last; until then nothing but held gradients waits.
+        # The graph is kept for the pass that runs last: at most one graph is alive at a time.
         held = allotted.held
         for number in (*range(held), *reversed(range(held, len(groups)))):
-            # The reference first: a graph that is kept must not be alive beside its pass.
+            # Reference first, so that no graph is alive during its forward pass.
             ref_logps[groups[number]] = self._ref_logps(parts[number])
             logps[groups[number]] = carries[number].score()
         weights = self._transport(logps, ref_logps, step)
@@ -215,14 +223,14 @@ class StepEngine:
         return self._scorer.reference_logps(batch.inputs)
 
     def _transport(self, logps: Tensor, ref_logps: Tensor, batch: MicroBatch) -> Tensor:
-        """Move 2: dL/dlogp of this rank's sequences (float32), scaled against the host's averaging
-        over micro-batches and ranks. A repeated row has mass 0."""
+        """Stage 2: dL/dlogp of this rank's sequences, [sequences] float32, multiplied by what the
+        host divides by (micro-batches x ranks). Repeated rows get 0."""
         columns = [logps.detach(), ref_logps, batch.is_positive, batch.counts]
         rows = torch.stack(columns, dim=1).double()
         mine = slice(0, len(rows))
         if self._objective.whole_step:
             rows, mine = self._gather(rows)
-        # Every rank sees the same rows, so all of them raise and none is left waiting.
+        # All ranks check the same gathered rows, so all raise together and none deadlocks.
         check_finite(rows, f"step {self._record.step}")
         counts = rows[:, 3].bool()
         gradient = torch.zeros_like(rows[:, 0])
@@ -234,7 +242,7 @@ class StepEngine:
             with torch.enable_grad():
                 loss = self._objective(leaf, *others)
                 (gradient[counts],) = torch.autograd.grad(loss, leaf)
-            # Every micro-batch brings the loss of the step, or its own to the mean over them.
+            # The host averages: over equal values of one problem, or over one problem each.
             whole = self._objective.whole_step
             self._loss = loss.item() * (1 if whole else averaged / self._problems)
             solved = self._objective.step(leaf.detach(), *others)
@@ -258,7 +266,7 @@ def check_finite(rows: Tensor, where: str) -> None:
 
 
 def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
-    """All sequences of a step; their inputs are those of none of them."""
+    """All sequences of a step as one ``MicroBatch`` without ``inputs``."""
     cached = [batch.ref_logps for batch in batches if batch.ref_logps is not None]
     return replace(
         batches[0],

@@ -1,4 +1,4 @@
-"""What is logged of a step's, or an evaluation's, log-probabilities."""
+"""Logged metrics of a step or an evaluation."""
 
 from ..ot.coupling import recoupled_fraction
 from ..ot.dominance import dominance_statistics

@@ -6,10 +6,13 @@ from torch import Tensor
 
 
 def gather_rows(accelerator: Accelerator, rows: Tensor) -> tuple[Tensor, slice]:
-    """The rows of all ranks, in their order, and where this rank's stand among them.
+    """Gathers rows over ranks.
 
     Args:
-        rows: [n, columns]; n may differ from rank to rank.
+        rows: [n, columns]; n may differ between ranks.
+
+    Returns:
+        The rows of all ranks in rank order, and the slice that is this rank's.
     """
     if accelerator.num_processes == 1:
         return rows, slice(0, len(rows))

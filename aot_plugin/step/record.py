@@ -1,4 +1,4 @@
-"""What an optimizer step did, for whoever looks on: tests, benchmarks, a profile."""
+"""A record of what each optimizer step did, for tests, benchmarks and profiling."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +9,13 @@ from ..scoring.scorer import Pass
 
 @dataclass
 class Problem:
-    """A transport problem: sizes of U and V over all ranks, and of this rank's part its positive
-    (or chosen) sequences and all its sequences, without repeated rows."""
+    """Sizes of a transport problem, without repeated rows.
+
+    Attributes:
+        u, v: size of each sample over all ranks.
+        positives: chosen or positive sequences on this rank.
+        sequences: all sequences on this rank.
+    """
 
     u: int
     v: int
@@ -26,13 +31,13 @@ class StepRecord:
         step: its number in the run, from 1.
         micro_batches: how many.
         sequences: token ids of the sequences, in the order of the host's batches (if watched).
-        carries: of each micro-batch, in the order of the backward passes: the carry's class.
-        groups: of each micro-batch, in the same order: the numbers of its sequences.
-        problems: one over the whole step, or one for each micro-batch (if watched).
+        carries: class name of each micro-batch's carry, in the order of the backward passes.
+        groups: indices of each micro-batch's sequences, in the same order.
+        problems: one for the step, or one for each micro-batch (if watched).
         passes: forward passes of policy and reference.
-        loss: the step's true loss as it is logged, before it is averaged over ranks.
-        seconds: of the first two moves (score, transport).
-        held_bytes: of the gradients that waited for their weights, all together.
+        loss: the step's loss as logged, before averaging over ranks.
+        seconds: wall-clock time of score and transport.
+        held_bytes: total size of the held gradients.
     """
 
     step: int
@@ -52,7 +57,7 @@ _watchers: list[list[StepRecord]] = []
 
 @contextmanager
 def watched_steps() -> Iterator[list[StepRecord]]:
-    """A list that every step of this process joins as it ends."""
+    """Yields a list to which every step of this process is appended when it ends."""
     records: list[StepRecord] = []
     _watchers.append(records)
     try:

