@@ -32,7 +32,7 @@ if [ -n "$trl" ]; then
     path="$hosts/trl-$trl"
     [ -d "$path" ] || "$venv/bin/python" -m pip install --quiet --no-deps --target "$path" "trl==$trl"
 fi
-export AXOLOTL_DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 PATH="$venv/bin:$PATH" PYTHONPATH="$path"
+export AOT_PLUGIN_HOST=1 AXOLOTL_DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 PATH="$venv/bin:$PATH" PYTHONPATH="$path"
 python -c 'from importlib.metadata import version as v
 print(*(f"{p} {v(p)}" for p in ("axolotl", "trl", "transformers", "torch", "peft")), sep=", ")'
-exec python -m pytest -p no:cacheprovider -q tests/hosts tests/robustness/test_host_private_names.py
+exec python -m pytest -p no:cacheprovider -q tests/hosts tests/static/test_host_private_names.py

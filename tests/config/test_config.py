@@ -204,3 +204,18 @@ def test_importing_the_plugin_brings_in_nothing_new() -> None:
     )
     ours = ["aot_plugin", *(f"aot_plugin.{name}" for name in light)]
     assert new == str(ours)
+
+
+def test_a_host_that_was_never_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aot_plugin.host import compat
+
+    compat.refuse_untested_releases()
+    monkeypatch.setattr(
+        compat, "version", lambda package: {"axolotl": "0.22.0", "trl": "1.9"}[package]
+    )
+    with pytest.raises(
+        RuntimeError, match=r"axolotl>=0.19,<0.22, and 0.22.0 is installed.*=1 to try"
+    ):
+        compat.refuse_untested_releases()
+    monkeypatch.setenv(compat.ANYWAY, "1")
+    compat.refuse_untested_releases()

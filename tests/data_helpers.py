@@ -9,7 +9,7 @@ import mistral_common
 from axolotl.utils.chat_templates import get_chat_template
 from transformers import AutoTokenizer
 
-SMOLLM2 = Path(__file__).parents[2] / "outputs" / "smollm2-135m-instruct"
+SMOLLM2 = Path(__file__).parents[1] / "outputs" / "smollm2-135m-instruct"
 MISTRAL_VOCAB = (
     Path(mistral_common.__file__).parent / "data/mistral_instruct_tokenizer_240323.model.v3"
 )

@@ -1,7 +1,7 @@
 """The host's own tests and example configs, with this plugin and without it.
 
-    python tests/robustness/host_suite.py tests CHECKOUT [PATH ...]
-    python tests/robustness/host_suite.py examples CHECKOUT
+    python tests/config/host_suite.py tests CHECKOUT [PATH ...]
+    python tests/config/host_suite.py examples CHECKOUT
 
 CHECKOUT is a clone of the host's public repository (its ``tests`` and ``examples`` are not part of
 the installed package, and none of them is part of this one). The tests run against the installed
