@@ -22,7 +22,7 @@ class AOTPlugin(BasePlugin):
         super().__init__()
         self._before: dict[str, Any] = {}
 
-    def register(self, cfg: dict) -> None:
+    def register(self, cfg: dict[str, Any]) -> None:
         """Translate ``rl: aot`` (the config is raw: the host validates it afterwards).
 
         Raises:
@@ -39,7 +39,7 @@ class AOTPlugin(BasePlugin):
         for key, value in updates.items():
             cfg[key] = value
 
-    def on_config_validation_error(self, cfg: dict) -> None:
+    def on_config_validation_error(self, cfg: dict[str, Any]) -> None:
         """Give the user's own keys back to a config that the host refused."""
         for key, value in self._before.items():
             if value is None:
@@ -106,7 +106,7 @@ class AOTPlugin(BasePlugin):
         return next((p for p in plugins if isinstance(p, AOTPlugin)), self) is self
 
 
-def _warn_of_keys_without_effect(cfg: dict) -> None:
+def _warn_of_keys_without_effect(cfg: dict[str, Any]) -> None:
     from axolotl.utils.logging import get_logger
 
     from .host.keys import without_effect

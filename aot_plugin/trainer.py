@@ -137,8 +137,8 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin):
             )
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, Any]:
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
         """The micro-batches of a step as the host collated them, numbered. Nothing is scored yet:
         before its first forward pass the host still calls callbacks that may change the network
         (quantization-aware training), and brings model and optimizer into train mode, which for

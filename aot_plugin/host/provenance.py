@@ -124,10 +124,10 @@ def _machine(model: nn.Module) -> dict[str, Any]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     on_gpu = device.type == "cuda"
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    kernels = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled)
+    kernels = [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()]
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "float32": [torch.get_float32_matmul_precision(), cudnn.allow_tf32],
-        "kernels": [enabled() for enabled in kernels],
+        "kernels": kernels,
     }

@@ -12,13 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .dominance import (
-    FloatArray,
-    IntArray,
-    as_sample,
-    quantile_gaps,
-    resampled_indices,
-)
+from .coupling import FloatArray, IntArray
+from .dominance import as_sample, quantile_gaps, resampled_indices
 
 
 class DominanceTest(NamedTuple):

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..ot.dominance import FloatArray, dominance_statistics, quantile_curve
+from ..ot.coupling import FloatArray
+from ..ot.dominance import dominance_statistics, quantile_curve
 from .scores import Scores, write_atomically
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..ot.dominance import FloatArray
+from ..ot.coupling import FloatArray
 
 Mode = Literal["paired", "unpaired"]
 

@@ -20,7 +20,7 @@ import numpy as np
 from ..data.options import ConversationOptions
 from ..data.render import Renderer
 from ..data.rendering import read_rendering
-from ..ot.dominance import FloatArray
+from ..ot.coupling import FloatArray
 from .rows import Sequence as TokenSequence
 from .rows import read_rows, sequences_of
 from .saved_arguments import (

@@ -12,9 +12,8 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ot.coupling import recoupled_fraction
+from ..ot.coupling import FloatArray, recoupled_fraction
 from ..ot.dominance import (
-    FloatArray,
     as_sample,
     bootstrap_intervals,
     dominance_statistics,
