@@ -1,9 +1,9 @@
-"""What must hold before the first step, seen in the scores of its first rows.
+"""Checks before the first step, on the scores of its first rows.
 
-A step is scored and then differentiated, which must both see the same network; and before the
-first step the policy *is* the reference. What can break either is without end (functional dropout,
-router jitter, adapters that change the base model, another rope, added tokens), so nothing here
-asks for names: the rows are scored again, and what differs by more than rounding is refused.
+Two things must hold. Scoring and differentiating a step must see the same network; and before the
+first step policy and reference must agree. Many things can break either (functional dropout, router
+jitter, adapters that change the base model, another rope, added tokens), so the checks look at
+behaviour: the rows are scored again, and a difference larger than rounding is refused.
 """
 
 import re
@@ -25,12 +25,12 @@ TIMES_NOISE = 5
 """Times the measured rounding that two computations of the same number may differ."""
 
 ROUNDING = 1 / 4
-"""Rounding of a token's log-probability that is taken for granted, in units of the dtype's eps:
-the same kernels may give the same bits twice, and the reference may be computed by others."""
+"""Lower bound of a token's rounding, in units of the dtype's eps: repeated passes of the same
+kernels may agree to the bit, while the reference may be computed by other kernels."""
 
 NEGLIGIBLE = 1e-3
-"""Nats that are never refused: they change nothing that anybody could see. (New tokens' embeddings
-are drawn anew for each model that is loaded, next to their mean.)"""
+"""Differences up to this many nats are never refused: their effect on a loss is negligible.
+(Embeddings of new tokens are drawn separately for each loaded model, close to their mean.)"""
 
 WIDER = 8
 """Columns of padding that are added for another layout."""
@@ -233,7 +233,7 @@ def check_start(
 
 
 def some_weights(model: nn.Module) -> list[Tensor]:
-    """A few numbers of each trainable parameter, as they are now."""
+    """A copy of the first few elements of each trainable parameter."""
     parameters = (p.detach() for p in model.parameters() if p.requires_grad)
     return [p.reshape(-1)[:64].clone() for p in parameters if not isinstance(p, DTensor)]
 

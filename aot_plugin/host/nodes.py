@@ -1,8 +1,7 @@
 """Several nodes: machines that may have no folder in common.
 
-The host prepares data, and saves what it saves, by the first process of each node. So do we: what
-is read from a node's disk is asked of that process, and all ranks hear what all nodes have to say,
-an error too, so that none is left waiting for one that has given up.
+Like the host, we read and write files in the first process of each node. Its answers, errors
+included, are gathered on all ranks, so that no rank deadlocks waiting for one that failed.
 """
 
 import uuid

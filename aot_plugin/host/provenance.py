@@ -1,9 +1,9 @@
 """What a model's log-probabilities depend on besides its weights and the tokens.
 
-Cached numbers of a model are those of another one as soon as anything that the forward pass
-depends on differs: a key of the config, the attention kernel, a patched layer, a precision, a
-release of what computes it. To ask too much costs a pass over the data; to ask too little trains
-on a wrong reference without a word. So all that can be seen is written down, and hashed.
+Cached log-probabilities are invalid as soon as anything differs that the forward pass depends on: a
+config key, the attention kernel, a patched layer, the precision, the release of a package. A key
+that includes too much costs one more pass over the data; a key that includes too little silently
+trains on a wrong reference. So everything that can be observed is hashed.
 """
 
 import functools

@@ -3,7 +3,8 @@
 The micro-batches of an epoch are dealt out in turn, b rows to each of R ranks, until the rows run
 out; rows from the start of the epoch fill the rest (``even_batches``), so that every rank makes the
 same number of passes. In the order of the ranks, then, the repeated rows are the last ones of the
-last micro-batches. They are read for the sake of the wrapper, and count for nothing.
+last micro-batches. They are scored, because all ranks must make the same number of passes, and get
+mass 0 in the loss.
 """
 
 from typing import Any

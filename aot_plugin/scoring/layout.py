@@ -1,8 +1,8 @@
-"""How a run may present its sequences to its model: settled once, by asking the model.
+"""Decides, once per run, how sequences are presented to the model.
 
-Sequences are regrouped into micro-batches in any case, so a model for which that makes a
-difference is refused. Whether prompts are shared is a matter of speed, so a model for which that
-would make a difference encodes them anew.
+Sequences are always regrouped into micro-batches, so a model whose results depend on that is
+refused. Sharing prompts only saves time, so for a model whose results depend on it prompts are not
+shared.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,10 @@
-"""What a model gives one and the same sequence, however it is presented.
+"""Measures whether a sequence's log-probabilities depend on how it is presented to the model.
 
-A step may be cut into micro-batches as one likes, and prompts shared, only if a sequence's
-log-probabilities do not depend on who stands beside it, nor on where in a row it stands. A config
-can't tell that of every architecture, so the model is asked: random tokens are scored in several
-forms, which may differ by rounding only. How much rounding makes is measured too, on the same
-sequences, since in bf16 it is as large for one model as a wrong mask for another.
+Regrouping micro-batches and sharing prompts are exact only if a sequence's log-probabilities depend
+neither on the other sequences of its batch nor on its place in a row. This cannot be read off every
+model's config, so it is measured: random sequences are scored in several layouts, and the results
+may differ by rounding only. The size of rounding is measured on the same sequences, because in bf16
+it is as large for some models as the effect of a wrong mask for others.
 """
 
 import re
@@ -23,23 +23,23 @@ from .model_input import Batch, ModelInput, padded_rows
 from .shared_prompts import distinct_prompts, shared_rows, unpadded
 
 LONGEST = 1024
-"""Tokens of the longest row of a probe, unless the config names a length beyond it at which the
-model changes its ways."""
+"""Tokens of the longest row of a probe, unless the config contains a larger length at which the
+model's behaviour changes."""
 
 CHANGES = re.compile("top_?k|window|chunk|block|original_max")
-"""Keys of a config that may hold such a length."""
+"""Config keys that may contain such a length."""
 
 FEW = 0.02
-"""Share of tokens that may differ by more than rounding in other company: a mixture of experts
-sends a token elsewhere for a rounding error."""
+"""Share of tokens that may differ by more than rounding between batches: in a mixture of experts a
+rounding error can change a token's routing."""
 
 MARGIN = 2
-"""A difference of up to this many times the measured rounding is taken for rounding. In bf16 that
-of SmolLM2-135M between its layouts is 0.4 times it; a mask that lets completions see each other
-makes 30 times as much, positions that are counted through make 6 to 10 times as much."""
+"""Differences up to this multiple of the measured rounding count as rounding. Measured on
+SmolLM2-135M in bf16: the layouts differ by 0.4 times the rounding, a mask that lets completions
+attend to each other by 30 times, positions that run through the row by 6 to 10 times."""
 
 LEAST = 2.5e-6
-"""Nats per token; rounding is never taken to be less. In float32 a nudge may come to nothing."""
+"""Lower bound of the rounding, nats per token: in float32 the perturbation may have no effect."""
 
 
 Sizes = tuple[float, float, float, float]
@@ -48,13 +48,14 @@ MEDIAN, RMS, MAXIMUM, SUM = range(4)
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the log p of some tokens in two forms, in nats: what was ``found``, and what ``rounding``
-    makes of the same tokens.
+    """Difference of tokens' log-probabilities between two layouts, in nats, and that by rounding.
 
-    Sizes of each: the median, the root mean square, the maximum, and the sum over a sequence (the
-    largest, by the root of its tokens). An error of one sign adds up in the sum, where rounding
-    does not. ``outliers`` is the share of tokens that differ by more than twice ``MARGIN`` times
-    the largest rounding of any.
+    Attributes:
+        found: median, root mean square and maximum over tokens, and the largest sum over a
+            sequence divided by the square root of its length. Errors of one sign add up in the
+            sum, rounding errors do not.
+        rounding: the same statistics of the rounding.
+        outliers: share of tokens that differ by more than 2 ``MARGIN`` times the largest rounding.
     """
 
     found: Sizes
@@ -70,7 +71,7 @@ class Difference:
         return cls(_sizes(found, sequence), (median, rms, maximum, max(total, rms)), share)
 
     def is_rounding(self, margin: float, *sizes: int) -> bool:
-        """By these of its sizes. NaN is no rounding."""
+        """Whether these statistics are within ``margin`` times the rounding's. False for NaN."""
         return all(self.found[i] <= margin * max(self.rounding[i], LEAST) for i in sizes)
 
 
@@ -135,10 +136,13 @@ def probe(
     device: torch.device,
     share: bool,
 ) -> Found:
-    """Score a probe through ``model``, whose LM head and embeddings are those of ``unwrapped``.
+    """Scores a probe.
 
     Args:
-        longest: tokens of the longest sequence in training, None if there is no limit.
+        model: the model as wrapped for training.
+        unwrapped: the same model without wrappers, for its config, LM head and embeddings.
+        longest: tokens of the longest row in training; None if there is no limit.
+        device: where to score.
         share: whether to try shared prompts.
     """
     config = unwrapped.config.get_text_config()
@@ -201,7 +205,7 @@ def probe(
 
 
 def probed_length(config: Any, longest: int | None) -> int:
-    """How long a row has to be to meet all that the config says about lengths."""
+    """Tokens of the longest probe row that covers the lengths in the config."""
     found = [
         value
         for key, value in config.to_dict().items()
@@ -254,7 +258,7 @@ def batch_of(rows: Sequence[Row]) -> Batch:
 
 @contextmanager
 def nudged(embeddings: nn.Module, epsilon: float) -> Iterator[None]:
-    """Each number that leaves the embeddings is a rounding error larger or smaller."""
+    """Perturbs each output of the embeddings by plus or minus one rounding error."""
 
     def nudge(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         # From a generator of its own: what else is drawn in the pass stays the same.
