@@ -37,7 +37,9 @@ def gradients_that_fit(model: nn.Module) -> int:
     def size(parameters: Iterable[nn.Parameter]) -> int:
         return sum(parameter.nbytes for parameter in parameters)
 
-    return int(size(model.parameters()) * HELD_SHARE / size(trainable(model)))
+    gradient = size(trainable(model))
+    # ZeRO-3 leaves a rank's parameters empty between passes.
+    return int(size(model.parameters()) * HELD_SHARE / gradient) if gradient else 0
 
 
 def allot(micro_batches: int, one_row_each: bool, permits: Permits, fit: int) -> Allotment:
