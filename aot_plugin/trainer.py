@@ -97,6 +97,7 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin):
         self._step: list[Batch] = []
         self._checked = False
         self._scored_with: list[Tensor] | None = None
+        self._updates_checked = False
         self._one_sided_steps = 0
         self._is_constructed = True
 
@@ -160,11 +161,13 @@ class AOTTrainerMixin(EvaluationMixin, PrecomputeMixin):
             if not self._checked:
                 self._checked = True
                 self._check_start(batches)
+            several = self._objective.whole_step and len(batches) > 1
+            if several and not self._updates_checked:
                 self._scored_with = some_weights(self.model)
             self._engine.begin(batches, empty, self.state.global_step + 1)
-        elif self._scored_with is not None and self._objective.whole_step:
+        elif self._scored_with is not None:
             refuse_updates_within_a_step(self._scored_with, self.model)
-            self._scored_with = None
+            self._scored_with, self._updates_checked = None, True
         return inputs
 
     def _check_start(self, batches: list[MicroBatch]) -> None:

@@ -111,6 +111,20 @@ def test_an_optimizer_that_updates_in_the_backward_pass(
     assert train(config(tiny_model, data, tmp_path / "one", **keys, **one)).logged("loss")
 
 
+def test_a_resumed_run_may_begin_with_a_step_of_one_micro_batch(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Ten rows are steps of four micro-batches and of one. What the optimizer does between the
+    first step and the second is no update within a step."""
+    data = write_rows(tmp_path / "rows.jsonl", paired_rows(10))
+    keys = {**LORA, **IN_PROCESS, "num_epochs": 3, "save_steps": 1, "learning_rate": 0.01}
+    whole = train(config(tiny_model, data, tmp_path / "out", **{**keys, "max_steps": 3}))
+    resumed = config(tiny_model, data, tmp_path / "out", **{**keys, "max_steps": 3})
+    resumed["resume_from_checkpoint"] = str(tmp_path / "out" / "checkpoint-1")
+    again = train(resumed | {"output_dir": str(tmp_path / "again")})
+    assert again.logged("loss") == pytest.approx(whole.logged("loss"), rel=1e-6)
+
+
 def test_out_of_memory_in_the_middle_of_a_step(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
