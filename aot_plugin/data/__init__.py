@@ -16,6 +16,7 @@ host resolves to a function of this package (``strategy_factory``).
     threads.py     trees of messages -> rows, for one of the strategies
     render.py      an example -> the two strings that the model is trained on
     rendering.py   which chat template a run used, kept for the report
+    sampler.py     an order of labelled rows with both labels in every step
     strategy.py    the above as the batched map that the host calls
     accounting.py  what became of every row
     freshness.py   prepared rows are read only while their sources are unchanged

@@ -224,10 +224,7 @@ def check_start(
         raise ValueError(random_network(found, model, settings))
     if resumed:
         return
-    reference = batch.ref_logps
-    if reference is None:
-        reference = scorer.reference_logps(batch.inputs)
-    found = worst_of_ranks(reference_error(first, reference))
+    found = worst_of_ranks(reference_error(first, batch.reference_logps(scorer)))
     if found:
         raise ValueError(wrong_reference(found, model, settings))
 

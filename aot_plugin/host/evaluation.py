@@ -55,9 +55,7 @@ class EvaluationMixin(ScoringMixin):
         """Per data row: (logp, reference logp, label, completion tokens) of each sequence."""
         batch = self._micro_batch(self._prepare_inputs(inputs))
         logps = self._scorer.logps(batch.inputs, model)
-        ref_logps = batch.ref_logps
-        if ref_logps is None:
-            ref_logps = self._scorer.reference_logps(batch.inputs, model)
+        ref_logps = batch.reference_logps(self._scorer, model)
         tokens = batch.inputs["completion_mask"][:, 1:].sum(dim=1)
         columns = torch.stack([logps, ref_logps, batch.is_positive, tokens], dim=1).double()
         row = self._objective.step_class.sequences_per_row
@@ -68,9 +66,8 @@ class EvaluationMixin(ScoringMixin):
         columns = np.asarray(prediction.predictions, dtype=np.float64)
         rows = torch.from_numpy(columns).flatten(0, 1)
         check_finite(rows, f"the evaluation after step {self.state.global_step}")
-        sequences = rows[:, 0], rows[:, 1], rows[:, 2].bool()
-        metrics = {"loss": self._objective(*sequences).item()}
-        step = self._objective.step(*sequences)
+        step, loss = self._objective(rows[:, 0], rows[:, 1], rows[:, 2].bool())
+        metrics = {"loss": loss.item()}
         if len(step.u) == 0 or len(step.v) == 0:
             LOG.warning("the evaluation set holds one label only: there is nothing to compare")
             return metrics

@@ -120,9 +120,10 @@ def vocabulary(model: nn.Module, head: nn.Module, inputs: ModelInput) -> int:
 
 def _gives_all_logits(model: nn.Module, head: nn.Module, inputs: ModelInput) -> bool:
     # A model that cuts off what pads its vocabulary would not show it on the stand-in's vector.
-    whole = vocabulary(model, head, inputs) == getattr(head, "out_features", None)
-    setattr(head, _NEEDS_LOGITS, not whole)
-    return whole
+    if vocabulary(model, head, inputs) == getattr(head, "out_features", None):
+        return True
+    setattr(head, _NEEDS_LOGITS, True)
+    return False
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -7,6 +7,7 @@ may differ by rounding only. The size of rounding is measured on the same sequen
 it is as large for some models as the effect of a wrong mask for others.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -108,6 +109,9 @@ class Found:
 
     @property
     def depends_on_company(self) -> bool:
+        # NaN says nothing about company; the step itself refuses it.
+        if math.isnan(self.company.found[MEDIAN]):
+            return False
         # Twice the margin: what is wrongly shared costs exactness, a wrong refusal the whole run.
         # Of a random network's, which is refused elsewhere, the noise is part of the rounding.
         is_rounding = self.company.is_rounding(2 * MARGIN, MEDIAN)
@@ -170,14 +174,13 @@ def probe(
     with nudged(embeddings, epsilon):
         rounding = score(apart) - expected
     alone = [score(separate([row])) for row in rows[:-1]]
-    again = [score(separate([row]), seed=1) for row in rows[:-1]]
     company = torch.cat(
         [
             score(separate([row, rows[-1]]))[: len(own)] - own
             for row, own in zip(rows[:-1], alone, strict=True)
         ]
     )
-    noise = torch.cat(again) - torch.cat(alone)
+    noise = score(apart, seed=1) - expected
     of_tokens = torch.arange(len(alone)).repeat_interleave(torch.tensor(list(map(len, alone))))
     random = not Difference.of(noise.cpu(), rounding.cpu(), of_tokens).is_rounding(MARGIN, MAXIMUM)
     sharing, error = None, None

@@ -50,6 +50,12 @@ class MicroBatch:
     def __len__(self) -> int:
         return len(self.is_positive)
 
+    def reference_logps(self, scorer: Scorer, policy: nn.Module | None = None) -> Tensor:
+        """``ref_logps``, or those that the reference gives now (``policy`` as in ``Scorer``)."""
+        if self.ref_logps is not None:
+            return self.ref_logps
+        return scorer.reference_logps(self.inputs, policy)
+
     def take(self, rows: Sequence[int], inputs: Batch) -> "MicroBatch":
         """The sequences ``rows`` of this batch, with ``inputs`` as their token ids and masks."""
         index = torch.as_tensor(rows, device=self.is_positive.device)
@@ -74,13 +80,13 @@ class Objective:
     step_class: type[PairedLogps] | type[UnpairedLogps]
     whole_step: bool
 
-    def __call__(self, logps: Tensor, ref_logps: Tensor, is_positive: Tensor) -> Tensor:
-        """The loss, [] float64, for float64 log-probabilities [sequences]."""
-        return self.loss(self.step(logps, ref_logps, is_positive), self.options)
-
-    def step(self, logps: Tensor, ref_logps: Tensor, is_positive: Tensor) -> StepLogps:
-        """The same sequences as pairs or labelled rows."""
-        return self.step_class.from_sequences(logps, ref_logps, is_positive)
+    def __call__(
+        self, logps: Tensor, ref_logps: Tensor, is_positive: Tensor
+    ) -> tuple[StepLogps, Tensor]:
+        """The sequences as pairs or labelled rows, and their loss, [] float64, for float64
+        log-probabilities [sequences]."""
+        step = self.step_class.from_sequences(logps, ref_logps, is_positive)
+        return step, self.loss(step, self.options)
 
 
 class StepEngine:
@@ -160,7 +166,7 @@ class StepEngine:
         carry, batch, weights = self._due.pop(number)
         if weights is None:
             logps = carry.score()
-            weights = self._transport(logps, self._ref_logps(batch), batch)
+            weights = self._transport(logps, batch.reference_logps(self._scorer), batch)
         surrogate = carry.surrogate(weights)
         if not self._due:
             self._record.passes = self._scorer.take_passes()
@@ -200,7 +206,7 @@ class StepEngine:
         held = allotted.held
         for number in (*range(held), *reversed(range(held, len(groups)))):
             # Reference first, so that no graph is alive during its forward pass.
-            ref_logps[groups[number]] = self._ref_logps(parts[number])
+            ref_logps[groups[number]] = parts[number].reference_logps(self._scorer)
             logps[groups[number]] = carries[number].score()
         weights = self._transport(logps, ref_logps, step)
         self._record.groups = groups
@@ -216,11 +222,6 @@ class StepEngine:
             signs = torch.where(batch.is_positive == batch.is_positive[0], 1.0, -1.0)
             return HoldGradient(self._scorer, batch.inputs, signs, trainable(self._model))
         return (KeepGraph if keep else Rescore)(self._scorer, batch.inputs)
-
-    def _ref_logps(self, batch: MicroBatch) -> Tensor:
-        if batch.ref_logps is not None:
-            return batch.ref_logps
-        return self._scorer.reference_logps(batch.inputs)
 
     def _transport(self, logps: Tensor, ref_logps: Tensor, batch: MicroBatch) -> Tensor:
         """Stage 2: dL/dlogp of this rank's sequences, [sequences] float32, multiplied by what the
@@ -238,14 +239,12 @@ class StepEngine:
         self._loss = 0.0
         if counts.any():
             leaf = rows[counts, 0].requires_grad_()
-            others = rows[counts, 1], rows[counts, 2].bool()
             with torch.enable_grad():
-                loss = self._objective(leaf, *others)
+                solved, loss = self._objective(leaf, rows[counts, 1], rows[counts, 2].bool())
                 (gradient[counts],) = torch.autograd.grad(loss, leaf)
             # The host averages: over equal values of one problem, or over one problem each.
             whole = self._objective.whole_step
             self._loss = loss.item() * (1 if whole else averaged / self._problems)
-            solved = self._objective.step(leaf.detach(), *others)
             self._report(solved)
             if is_watched():
                 positives = int((batch.is_positive & batch.counts).sum())

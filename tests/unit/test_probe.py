@@ -141,6 +141,14 @@ def test_a_random_model_is_told_from_one_that_looks_aside(word_tokenizer):
     assert seen.why_not_shared() == "the model's forward pass is random"
 
 
+def test_a_model_of_nan_is_left_to_the_step(word_tokenizer):
+    """Whose error says what it is, and on every rank."""
+    model = random_model(word_tokenizer, max_position_embeddings=512).eval()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    assert not probe(model, model, LENGTH, CPU, share=True).depends_on_company
+
+
 def test_the_runs_random_numbers_stay_what_they_are(model):
     torch.manual_seed(3)
     expected = torch.rand(3)
