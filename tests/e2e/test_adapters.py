@@ -119,7 +119,9 @@ def test_every_way_to_the_same_run(runner: Runner, start: Path) -> None:
     assert_same(cached, whole)
     # The negative control, the base model for a reference, does not begin.
     with (
-        mock.patch("aot_plugin.trainer.use_adapter", lambda model, adapter_name: _disabled(model)),
+        mock.patch(
+            "aot_plugin.host.scoring.use_adapter", lambda model, adapter_name: _disabled(model)
+        ),
         pytest.raises(ValueError, match="before the first step the policy must be the reference"),
     ):
         runner.train("against-the-base", **cuts, **keys)
