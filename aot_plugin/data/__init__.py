@@ -1,28 +1,30 @@
-"""From rows to token ids, in both modes, within the host's own loading.
+"""From rows to token ids, in both modes, inside the host's own data loading.
 
-The host has no strategy for (prompt, completion, label) with the chat template, its strategies of
-pairs with one make other tokens than the template does, and its schema drops the options of a
-``datasets:`` entry that it does not know. So an entry whose ``type`` is one of ours, or one of the
-host's chat-template types of pairs, is rewritten before the host validates it
-(``resolve_datasets``): its options move to ``aot_datasets``, and its type becomes a name that the
-host resolves to a function of this package (``strategy_factory``).
+The host has no strategy that renders (prompt, completion, label) rows with the chat template. Its
+chat-template strategies for pairs produce other tokens than the template does. And its schema drops
+options of a ``datasets:`` entry that it does not know. So an entry whose ``type`` is one of ours,
+or one of the host's chat-template types for pairs, is rewritten before the host validates it
+(``resolve_datasets``): its options are stored in ``aot_datasets``, and its type becomes a name that
+the host resolves to a function of this package (``strategy_factory``).
 
-    options.py     what an entry of ours may say
-    entries.py     all entries checked, and rewritten for the host
-    host_schema.py the host's schemas of an entry, widened
+    options.py     options of an entry with one of our types
+    entries.py     checks all entries and rewrites them for the host
+    host_schema.py the host's schemas of an entry, extended
     mixing.py      which rows of an entry are read: `weight` and `shards`
     labels.py      a cell of the label column -> positive, negative or dropped
-    rows.py        a row -> examples (prompt turns, completion turn, label); all that knows schemas
-    threads.py     trees of messages -> rows, for one of the strategies
+    rows.py        a row -> examples (prompt turns, completion turn, label); the only module that
+                   knows dataset schemas
+    threads.py     message trees -> rows, for the strategy `chat_template.threads`
     render.py      an example -> the two strings that the model is trained on
-    rendering.py   which chat template a run used, kept for the report
-    sampler.py     an order of labelled rows with both labels in every step
-    strategy.py    the above as the batched map that the host calls
-    accounting.py  what became of every row
-    freshness.py   prepared rows are read only while their sources are unchanged
-    loading.py     the host's loading, with checks and a table around it (heavy to import)
     tokens.py      those strings -> token ids, in place of TRL's tokenization
-    host_types.py  what the host's types that render text by themselves can't represent
+    strategy.py    the above as the batched map that the host calls
+    sampler.py     an order of labelled rows with both labels in every step
+    rendering.py   stores the chat template that a run used, for the report
+    accounting.py  counts of kept and dropped rows
+    host_types.py  what the host's types without a chat template can't represent
+    blame.py       names the row on which one of the host's types fails
+    freshness.py   reuses prepared rows only while their sources are unchanged
+    loading.py     the host's loading, with checks and a log table around it (heavy to import)
 """
 
 from .accounting import check_labels

@@ -1,9 +1,9 @@
-"""What became of every row, and the check that both labels are left.
+"""Counts of kept and dropped rows, and the check that both labels are left.
 
-The host's map may run in several processes, or not at all when a cache has its result, so rows are
-counted by a pass of their own, on one process, over the raw rows of an entry: it reads and renders
-them as the strategy does. It comes before the host's own loading, and so its messages, which know
-the row's number, are the ones that a user sees.
+The host's map may run in several processes, or not at all if a cache holds its result. So rows are
+counted in a separate pass, in one process, over the raw rows of an entry; it reads and renders them
+as the strategy does. The pass runs before the host's own loading, so that users see its error
+messages, which contain the row's number.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ from .tokens import same_ids
 
 BATCH = 1000
 SENTENCEPIECE_PREFIX = 1
-"""A SentencePiece tokenizer may put one token more than it reads bytes."""
+"""A SentencePiece tokenizer may produce one token more than the text has bytes."""
 
 
 FAULTS = {
@@ -33,19 +33,27 @@ FAULTS = {
     Drop.OTHER_PROMPT: "chosen and rejected answer different prompts; `aot_mode: unpaired` with "
     "`type: chat_template.paired` takes them as two rows",
 }
-"""Reasons that say something is wrong with a row, as the log explains them."""
+"""Reasons that point to a fault in the row, with their explanation in the log."""
 
 NAMED = 5
-"""Row numbers that the log names of those with one fault."""
+"""Number of rows that the log names for each kind of fault."""
 
 
 @dataclass
 class RowCounts:
     """Counts of one ``datasets:`` entry. Every response (paired: every row) is kept or dropped.
 
-    ``taken`` is the number of rows that ``weight`` and ``shards`` leave of ``rows``, or make of
-    them; None without the two. ``named`` holds the first numbers of the rows with a fault,
-    ``unrendered`` how many answers have something that is not trained, by what to say.
+    Attributes:
+        source: the entry's path.
+        split: "train" or "test".
+        rows: number of rows in the dataset.
+        taken: number of rows after ``weight`` and ``shards``; None if neither applies.
+        counted: False for entries with one of the host's own types, whose rows are not judged.
+        pairs: kept pairs; None in an unpaired run.
+        positive, negative: kept responses by label; 0 in a paired run.
+        dropped: number of dropped responses (paired: rows) by reason.
+        named: numbers of the first rows with each fault.
+        unrendered: number of answers of which a part is not rendered, by log message.
     """
 
     source: str
@@ -65,7 +73,7 @@ class RowCounts:
         return self.positive + self.negative + sum(self.dropped.values())
 
     def warnings(self) -> Iterator[str]:
-        """What to say of rows that are wrong, and of what is not rendered."""
+        """Log messages on faulty rows and on content that is not rendered."""
         for fault, why in FAULTS.items():
             if count := self.dropped.get(fault.value, 0):
                 numbers = ", ".join(map(str, self.named.get(fault.value, [])))
@@ -85,15 +93,22 @@ def count_rows(
     seen: set[int] | None = None,
     numbers: Sequence[int] | np.ndarray | None = None,
 ) -> RowCounts:
-    """Add to ``counts`` what an entry's rows come to.
+    """Counts the kept and dropped rows of an entry.
 
     Args:
-        resolved: the entry's value of ``aot_datasets``.
-        seen: hashes of the examples that were counted before, if the run removes duplicates.
+        dataset: the entry's rows.
+        resolved: the entry's value in ``aot_datasets``.
+        counts: updated in place.
+        cfg: the run's config.
+        tokenizer: the run's tokenizer.
+        seen: hashes of the examples counted so far, updated; None if duplicates are kept.
         numbers: the rows' numbers in their file, for messages; default 0, 1, 2, ...
 
+    Returns:
+        ``counts``.
+
     Raises:
-        ValueError: for a row that can't be read, with its number.
+        ValueError: if a row can't be read; contains its number.
     """
     resolved = plain(resolved)
     paired = mode_of(resolved) == "paired"
@@ -130,7 +145,8 @@ def count_rows(
 def _without_identical(
     found: Sequence[tuple[int | None, Rendered | Drop]], tokenizer: Any
 ) -> Iterator[tuple[int | None, Rendered | Drop]]:
-    """Pairs whose responses become the same tokens say nothing, whatever their texts are."""
+    """Drops pairs whose responses have the same token ids, even if their texts differ: they express
+    no preference."""
     same = iter(same_ids([row[1:] for _, row in found if not isinstance(row, Drop)], tokenizer))
     for number, row in found:
         identical = not isinstance(row, Drop) and next(same)
@@ -154,10 +170,10 @@ def _judged(
 
 
 def _too_long(texts: tuple[str, str], cfg: Mapping[str, Any], tokenizer: Any) -> bool:
-    # The host's own rule: prompt and completion tokenized apart, and with
+    # The host's own rule: prompt and completion are tokenized separately, and with
     # `excess_length_strategy: truncate` a row is lost only if its prompt leaves no room.
     limit = cfg["sequence_len"]
-    # No token covers less than a byte, so most rows need no tokenizer.
+    # A token covers at least one byte, so most rows need no tokenizer.
     if sum(len(text.encode()) + SENTENCEPIECE_PREFIX for text in texts) <= limit:
         return False
     prompt, completion = (
@@ -169,7 +185,7 @@ def _too_long(texts: tuple[str, str], cfg: Mapping[str, Any], tokenizer: Any) ->
 
 
 def table(counts: Iterable[RowCounts]) -> str:
-    """The counts as aligned text, one line per entry."""
+    """Formats the counts as aligned text, one line per entry."""
     counts = list(counts)
     reasons = [drop.value for drop in Drop if any(drop.value in c.dropped for c in counts)]
     mixed = any(c.taken is not None for c in counts)
@@ -195,12 +211,19 @@ def table(counts: Iterable[RowCounts]) -> str:
 
 
 def check_labels(dataset: Dataset, name: str = "datasets") -> tuple[int, int]:
-    """The numbers of positive and negative rows of a prepared dataset.
+    """Counts the positive and negative rows of a prepared dataset.
+
+    Args:
+        dataset: the prepared rows.
+        name: the config key of the dataset, for messages.
+
+    Returns:
+        (positive, negative).
 
     Raises:
-        ValueError: if one of the labels is absent: there would be nothing to compare with; or if
-            the label column is missing or holds something else than true/false (the host's own
-            strategies take it over as it is).
+        ValueError: if one of the labels is absent, since there would be nothing to compare with; or
+            if the label column is missing or holds anything but true/false (the host's own
+            strategies copy it unchecked).
     """
     if "label" not in dataset.column_names:
         raise ValueError(

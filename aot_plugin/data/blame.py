@@ -1,7 +1,7 @@
-"""Which row it was: the host's own strategies fail with a bare KeyError or a template's TypeError.
+"""Names the rows that the host's own strategies can't handle.
 
-And which row it is that a type of the host's would train otherwise than it stands there, without
-failing.
+These strategies fail with a bare KeyError or a template's TypeError, which names no row. Other rows
+do not fail, but would be trained on with a part missing or altered; these are found as well.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ LOG = get_logger("axolotl.aot_plugin.data")
 TOOLS = ConversationOptions.model_fields["field_tools"].default
 IMAGES = ("image", "images")
 TEXTS = {"paired": ("prompt", "chosen", "rejected"), "unpaired": ("prompt", "completion")}
-"""The columns that a strategy of the host has to give, each with text in it."""
+"""The columns that a strategy of the host must produce, each with non-empty text."""
 
 
 class BadRow(ValueError):
-    """An error that names its row already."""
+    """An error whose message already names its row."""
 
 
 @contextlib.contextmanager
 def naming_the_row(cfg: Any) -> Iterator[None]:
-    """An error of the host's loading, with the entry, the row and its columns in front.
+    """Replaces an error of the host's loading by one that names the entry, the row and its columns.
 
     Raises:
         ValueError: from the host's error, if a row or a file is found to be its cause.
@@ -52,10 +52,11 @@ def naming_the_row(cfg: Any) -> Iterator[None]:
 
 
 def check_host_type(dataset: Dataset, entry: Any, cfg: Any) -> None:
-    """Rows of a type that is not ours: all that a row says must come out as text.
+    """Checks that a type that is not ours writes everything in its rows as text.
 
     Raises:
-        BadRow: with the number of the first row that the type loses a part of.
+        BadRow: if it would lose a part of a row, the first of which is named; or if the entry has
+            no type and its columns hold turns instead of text.
     """
     kind, texts = entry.get("type"), TEXTS[cfg["aot_mode"]]
     instead = "write `type: chat_template.default`"
@@ -66,14 +67,14 @@ def check_host_type(dataset: Dataset, entry: Any, cfg: Any) -> None:
         return
     strategy = _strategy(DictDefault({**cfg, "datasets": [entry]}), kind, 0)
     if strategy is None or not strategy.__module__.startswith("axolotl."):
-        return  # the host says why, or it is a function of the user's, who knows what it leaves out
+        return  # the host reports why; or it is the user's own function, free to leave things out
     problem = first_unrepresented(dataset, strategy, texts)
     if problem is not None:
         number, what = problem
         name = _type_name(kind)
         raise BadRow(
             f"{entry['path']}, row {number}: {what}, which type {name} can't represent; {instead} "
-            "(docs/datasets.md), or mend the row"
+            "(docs/datasets.md), or fix the row"
         )
     if TOOLS in dataset.column_names and any(dataset[TOOLS]):
         LOG.warning(
@@ -84,10 +85,10 @@ def check_host_type(dataset: Dataset, entry: Any, cfg: Any) -> None:
 
 
 def check_text(dataset: Dataset, entry: Any) -> None:
-    """`rl: aot` trains on text: no image may be dropped unsaid.
+    """Checks that there are no images: `rl: aot` trains on text, and would drop them silently.
 
     Raises:
-        BadRow: if there are images.
+        BadRow: if a column holds images.
     """
     for name in IMAGES:
         if name not in dataset.column_names:
@@ -107,7 +108,7 @@ def _holds_turns(dataset: Dataset, name: str) -> bool:
 
 
 def _problems(cfg: Any, error: Exception) -> Iterator[str]:
-    # Arrow takes text of a JSON file that is no UTF-8, and fails when a row is looked at.
+    # Arrow loads a JSON file whose text is not UTF-8, and fails only when a row is read.
     unreadable = isinstance(error, UnicodeDecodeError)
     for where in ("datasets", "test_datasets"):
         for index, entry in enumerate(cfg.get(where) or []):
@@ -119,10 +120,10 @@ def _problems(cfg: Any, error: Exception) -> Iterator[str]:
             kind = entry["type"]
             ours = isinstance(kind, str) and kind.startswith("aot_plugin.")
             if ours and not unreadable:
-                continue  # our own types name their rows themselves
+                continue  # errors of our own types already name the row
             strategy = _strategy(cfg, kind, index) if kind and not ours else _as_it_is
             if strategy is None:
-                continue  # the host says why
+                continue  # the host reports why
             rows = dataset["train"] if isinstance(dataset, DatasetDict) else dataset
             texts = () if ours else TEXTS[cfg["aot_mode"]]
             if (problem := _bad_row(rows, strategy, texts, cfg)) is not None:
@@ -135,7 +136,7 @@ def _problems(cfg: Any, error: Exception) -> Iterator[str]:
 
 
 def _type_name(kind: Any) -> str:
-    """What the user has written as ``type``."""
+    """The user's ``type`` as messages show it."""
     if not isinstance(kind, str):
         return "user-defined" if kind else "none"
     return kind

@@ -1,4 +1,4 @@
-"""The entries under ``datasets:`` and ``test_datasets:``, checked and rewritten for the host."""
+"""Checks the entries under ``datasets:`` and ``test_datasets:`` and rewrites them for the host."""
 
 import importlib.util
 import inspect
@@ -16,20 +16,25 @@ LISTS = ("datasets", "test_datasets")
 
 
 def resolve_datasets(cfg: Mapping[str, Any], mode: str) -> dict[str, Any]:
-    """The keys of a raw config that the host is to see in place of the user's.
+    """Rewrites the dataset entries of a raw config for the host.
 
-    Pure: neither the config nor its entries are changed. Entries of the host's own types keep what
-    they say, as instances of a class that the host's validation does not cut down
-    (``host_schema``). Entries of our types get a type that ends in a hash of all that the entry
-    says, so that the host's cache of prepared datasets, which hashes the type, is not reused after
-    a change of our options; their options go to ``aot_datasets`` under that hash.
+    Pure: neither the config nor its entries are modified. Entries with one of the host's types keep
+    all their keys, as instances of a class that the host's validation does not reduce
+    (``host_schema``). Entries with one of our types get a type that ends in a hash of the whole
+    entry. The host's cache of prepared datasets hashes the type, so it is not reused after a change
+    of our options. The options themselves are stored in ``aot_datasets`` under that hash.
 
     Args:
+        cfg: the raw config.
         mode: ``paired`` or ``unpaired``.
 
+    Returns:
+        The keys to set in the config: ``datasets``, ``test_datasets`` and ``aot_datasets``, where
+        there is something to set.
+
     Raises:
-        ValueError: an unknown type or key, a missing, wrong or contradictory option; the message
-            names ``datasets[i].key``.
+        ValueError: for an unknown type or key, or a missing, wrong or contradictory option; the
+            message names ``datasets[i].key``.
     """
     updates: dict[str, Any] = {}
     options: dict[str, dict[str, Any]] = {}
@@ -47,8 +52,11 @@ def resolve_datasets(cfg: Mapping[str, Any], mode: str) -> dict[str, Any]:
 def resolve_unpaired_datasets(
     entries: Sequence[Any], where: str = "datasets"
 ) -> tuple[list[Any], dict[str, dict[str, Any]]]:
-    """``resolve_datasets`` of one list of an unpaired run: the entries for the host, and the
-    options of ours by the key that their types end in."""
+    """``resolve_datasets`` for one list of an unpaired run.
+
+    Returns:
+        The entries for the host, and the options of ours by the hash that their types end in.
+    """
     return _resolve(entries, "unpaired", where, {})
 
 
@@ -77,7 +85,7 @@ def _resolve(
         _check_repeats(host_entry, at, where, cfg)
         if where == "test_datasets" and (own_module or isinstance(name, Mapping)):
             _check_same_options(host_entry, index, cfg)
-        # The host does not cut down `test_datasets:`.
+        # The host's validation does not reduce `test_datasets:`.
         rewritten.append(kept_by_host(host_entry, mode) if where == "datasets" else host_entry)
     return rewritten, options
 
@@ -85,7 +93,11 @@ def _resolve(
 def _ours(
     entry: dict[str, Any], name: str, mode: str, at: str
 ) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """An entry of our type for the host, and key and value of what ``aot_datasets`` keeps of it."""
+    """Rewrites an entry with one of our types.
+
+    Returns:
+        The entry for the host, and the key and value of its options in ``aot_datasets``.
+    """
     source = {key: entry[key] for key in LOADER_KEYS if key in entry}
     own = {k: v for k, v in entry.items() if k not in (*LOADER_KEYS, "type")}
     if "path" not in source:
@@ -118,11 +130,11 @@ OPTION_KEYS = (
     *("field_messages", "field_chosen", "field_rejected", "message_property_mappings", "roles"),
     *("chat_template", "chat_template_jinja"),
 )
-"""What a preference type in a user's module may read of its entry."""
+"""Keys of its entry that a preference type in a user's module may read."""
 
 
 def _check_same_options(entry: Mapping[str, Any], index: int, cfg: Mapping[str, Any]) -> None:
-    # The host gives a type the options of `datasets[i]` for `test_datasets[i]` as well.
+    # The host also applies the options of `datasets[i]` to `test_datasets[i]`.
     name, trained = entry.get("type"), cfg.get("datasets") or []
     if not trained:
         return
@@ -177,8 +189,12 @@ def _check_user_defined(kind: Any, mode: str, at: str) -> None:
 
 
 def _is_own_module(name: Any, mode: str, at: str) -> bool:
-    """Whether a type that is not ours is a function in a module of the user's."""
-    # A mapping is the host's user-defined type; no type at all means rows that are ready.
+    """Whether a type that is not ours names a function in a user's module.
+
+    Raises:
+        ValueError: if it names no function at all.
+    """
+    # A mapping is the host's user-defined type; rows without a type are used as they are.
     if not name or isinstance(name, Mapping):
         return False
     base = _HOST_MODULES[mode]

@@ -1,9 +1,9 @@
-"""Prepared rows are read only while what they were made of is what it was.
+"""Reuses prepared rows only while their sources are unchanged.
 
-The host names a folder of prepared rows after the config alone: a data file, or the tokenizer's
-chat template, that is edited in place keeps the name, and the next run trains the old rows. So a
-file beside them says what they were made of, and a run that finds anything else removes them,
-whereupon the host prepares them anew.
+The host names a folder of prepared rows after the config alone. If a data file or the tokenizer's
+chat template is edited in place, the name stays the same and the next run trains on the old rows.
+So a file beside the folder records the sources of the rows. A run that finds a difference removes
+the folder, and the host prepares the rows again.
 """
 
 import ast
@@ -35,7 +35,7 @@ SETTINGS = (
     *("curriculum_sampling", "shuffle_merged_datasets", "shuffle_before_merging_datasets"),
     "excess_length_strategy",
 )
-"""Host keys that decide about the rows and their order, and are not in the host's name for them."""
+"""Host keys that affect the rows or their order, but not the name that the host gives them."""
 
 ATTEMPTS = 3
 
@@ -44,25 +44,33 @@ TOKENIZER_FILES = (
     *("chat_template*", "special_tokens_map.json", "added_tokens.json", "tokenization_*.py"),
     "additional_chat_templates/*.jinja",
 )
-"""What a tokenizer is read from, in a local folder."""
+"""Files that a tokenizer is loaded from, in a local folder."""
 
 
 def load_fresh[Loaded](cfg: Any, load: Callable[[], Loaded]) -> Loaded:
-    """What the host's loading returns, with stale rows out of its way. What the new ones are made
-    of is written down.
+    """Loads the datasets after removing stale prepared rows, and records the sources of new ones.
 
-    Processes may come at any time: what is here happens under the host's lock, and the first one
-    does it. The host takes the lock once more by itself, so another run with other settings may
-    come in between, and a file may be edited; both are seen afterwards.
+    Processes may arrive at any time. Rows are checked and removed under the host's lock, by the
+    first process that gets it. The host acquires the lock again by itself. In between, another run
+    with other settings may prepare its rows, or a file may be edited; so the sources are checked
+    again after loading, and if they differ all is repeated.
+
+    Args:
+        cfg: the run's config.
+        load: the host's loading.
+
+    Returns:
+        The result of ``load``.
 
     Raises:
-        ValueError: if other runs go on to prepare other rows in the same folder.
+        ValueError: if the rows change during each of ``ATTEMPTS`` attempts, since other runs
+            prepare other rows in the same folder or files are being edited.
     """
     if cfg.skip_prepare_dataset:
         with _without_cache(True):
             return load()
     tokenizer = load_tokenizer(cfg)
-    settings = _settings(cfg, tokenizer)  # once: it holds the tokenizer's whole vocabulary
+    settings = _settings(cfg, tokenizer)  # only once: it hashes the whole vocabulary
     splits = [
         (_folder(cfg, entries, tokenizer), entries)
         for entries in (cfg.datasets, cfg.test_datasets)
@@ -88,7 +96,8 @@ def load_fresh[Loaded](cfg: Any, load: Callable[[], Loaded]) -> Loaded:
 
 @contextlib.contextmanager
 def _without_cache(off: bool) -> Iterator[None]:
-    """The cache of `datasets` knows a function of an importable module by its name alone."""
+    """Disables the cache of `datasets`, which identifies a function of an importable module by name
+    alone."""
     caching = datasets.is_caching_enabled()
     if off:
         datasets.disable_caching()
@@ -100,8 +109,8 @@ def _without_cache(off: bool) -> Iterator[None]:
 
 
 def sources_file(folder: Path) -> Path:
-    """Where it stands what the rows of a folder are made of: not in it, since a folder that isn't
-    empty counts as prepared."""
+    """The file that records the sources of a folder's rows. It is not in the folder, since the host
+    takes any folder that isn't empty for prepared rows."""
     return folder.with_name(f"aot_sources_{folder.name}.json")
 
 
@@ -115,12 +124,13 @@ def _files(cfg: Any, entries: list[Any]) -> list[Path]:
 
 
 def _is_fresh(folder: Path, files: list[Path], settings: Mapping[str, Any]) -> bool:
-    """Whether what is written down about the rows of a split is what this config says."""
+    """Whether the recorded sources of a split's rows are those of this config."""
     return not _change(_written(sources_file(folder)), files, settings)
 
 
 def _keep_if_fresh(folder: Path, files: list[Path], settings: Mapping[str, Any]) -> bool:
-    """Whether there are prepared rows of a split, which are fresh; stale ones are removed."""
+    """Whether a split has prepared rows that are fresh. Stale rows are removed, and the current
+    sources are recorded."""
     change = _change(_written(sources_file(folder)), files, settings)
     if any(folder.glob("*")):
         if not change:
@@ -129,7 +139,7 @@ def _keep_if_fresh(folder: Path, files: list[Path], settings: Mapping[str, Any])
         shutil.rmtree(folder, ignore_errors=True)
     if change:
         stamps = {str(path): {**_times(path), "sha256": file_digest(path)} for path in files}
-        # A killed run must not leave half of it.
+        # A killed run must not leave a partial file.
         temporary = folder.with_name(f".{sources_file(folder).name}.{os.getpid()}")
         temporary.write_text(json.dumps({"settings": settings, "files": stamps}, indent=1))
         os.replace(temporary, sources_file(folder))
@@ -146,7 +156,7 @@ def _written(file: Path) -> dict[str, Any] | None:
 def _change(
     made_of: Mapping[str, Any] | None, files: list[Path], settings: Mapping[str, Any]
 ) -> str:
-    """What is not as it was when the rows were prepared, for the log; empty if all is."""
+    """How the sources have changed since the rows were prepared, for the log; empty if not."""
     if made_of is None:
         return "nothing says what they were made of"
     before: Mapping[str, Any] = made_of["files"]
@@ -167,7 +177,7 @@ def _change(
 
 
 def _is(path: Path, stamp: Mapping[str, Any]) -> bool:
-    # A file that was not touched need not be read; one that was may hold the same all the same.
+    # An unmodified file need not be read. A modified one may still have the same contents.
     if _times(path) == {key: stamp[key] for key in ("size", "mtime_ns")}:
         return True
     return path.stat().st_size == stamp["size"] and file_digest(path) == stamp["sha256"]
@@ -179,11 +189,12 @@ def _times(path: Path) -> dict[str, int]:
 
 
 def _settings(cfg: Any, tokenizer: Any) -> dict[str, Any]:
-    """What decides about the rows beside files; names with a blank are no keys."""
+    """What the rows depend on besides files. Names with a blank are descriptions, not keys."""
     entries = [*(cfg.datasets or []), *(cfg.test_datasets or [])]
-    own = sorted(Path(__file__).parent.glob("*.py"))  # another release renders otherwise
+    own = sorted(Path(__file__).parent.glob("*.py"))  # another release may render differently
     settings = {key: cfg[key] or None for key in SETTINGS}
-    # Which rows are taken, or held out, depends on it; else the trainer draws the order anew.
+    # The seed matters if it decides which rows are taken or held out. Otherwise it affects only
+    # their order, which the trainer draws anew.
     decides = any(map(is_mixed, entries)) or bool(cfg.val_set_size)
     return settings | {
         "aot_mode": cfg["aot_mode"],
@@ -198,7 +209,7 @@ def _settings(cfg: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def _behaviour(tokenizer: Any) -> Iterator[str]:
-    """All that a tokenizer's ids and renderings depend on."""
+    """Everything that a tokenizer's ids and renderings depend on, as text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     yield json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     yield repr(sorted(tokenizer.special_tokens_map.items()))
@@ -207,7 +218,7 @@ def _behaviour(tokenizer: Any) -> Iterator[str]:
 
 
 def _sources(cfg: Any, entries: Iterable[Any]) -> Iterator[Path]:
-    """The local files that the prepared rows of some entries are made of."""
+    """The local files from which the rows of some entries are prepared."""
     yield from _folder_files(Path(cfg.tokenizer_config or cfg.base_model), TOKENIZER_FILES)
     yield from _file(cfg.chat_template_jinja)
     options: Mapping[str, Any] = cfg.aot_datasets or {}
@@ -235,7 +246,7 @@ def _rows(entry: Any) -> Iterator[Path]:
         yield path
     elif path.is_dir():
         for file in _folder_files(path, ("**/*",)):
-            # What `datasets` keeps there of its own is none of the rows.
+            # Cache files that `datasets` keeps in the folder are not part of the rows.
             own = file.name.startswith("cache-") and file.suffix == ".arrow"
             if not own and not any(part.startswith(".") for part in file.relative_to(path).parts):
                 yield file
@@ -248,14 +259,14 @@ def _folder_files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
 
 
 def _file(text: str | None) -> Iterator[Path]:
-    # The host takes a template that names a file for its contents.
+    # If the value is the name of a file, the host reads the template from it.
     if text and "\n" not in text and os.path.isfile(text):
         yield Path(text)
 
 
 def _module(kind: str) -> Iterator[Path]:
-    """The code of a strategy that is not of the host or ours, with the user's own modules that it
-    imports."""
+    """Source files of a strategy that is neither the host's nor ours, with those of the user's
+    modules that it imports."""
     from .strategy import strategies
 
     names = {kind.rpartition(".")[0]}
@@ -279,7 +290,7 @@ def _code(name: str, seen: set[str], imported: bool = False) -> Iterator[Path]:
     if file is None or file.suffix != ".py":
         return
     if any(file.is_relative_to(sysconfig.get_path(which)) for which in ("purelib", "platlib")):
-        if not imported:  # what an installed strategy imports is left to releases
+        if not imported:  # what an installed strategy imports changes only with its releases
             yield file
         return
     if file.is_relative_to(sysconfig.get_path("stdlib")):

@@ -1,5 +1,8 @@
-"""The host's schemas of a ``datasets:`` entry, widened by the keys that its RL loader and its
-preference strategies read, or that we read in its stead."""
+"""The host's schemas of a ``datasets:`` entry, extended.
+
+The added keys are those that the host's RL loader and preference strategies read, and those that we
+read in the host's place.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Loading(BaseModel):
-    """Where the rows are, and which of them are taken (``mixing.rows_taken``)."""
+    """Keys that say where the rows are, and which of them are taken (``mixing.rows_taken``)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -35,12 +38,14 @@ class _Loading(BaseModel):
 
 
 class UnpairedDataset(_Loading, KTODataset):
-    """All that an entry of an unpaired run may say to the host."""
+    """All keys of an entry of an unpaired run, as the host gets it."""
 
 
 class TextPairs(_Loading):
-    """All that an entry of pairs may say whose type renders text by itself: no such type reads
-    more of its entry."""
+    """All keys of an entry of pairs, as the host gets it, unless its type is a user's function.
+
+    The host's types that render without a chat template read no further keys.
+    """
 
     path: str | None = None
     split: str | None = None
@@ -50,7 +55,7 @@ class TextPairs(_Loading):
 
 
 class PairedDataset(_Loading, DPODataset):
-    """All that an entry of pairs may say whose type is a user's ``<module>.<function>``."""
+    """All keys of an entry of pairs whose type is a user's ``<module>.<function>``."""
 
     chat_template: str | None = None
     chat_template_jinja: str | None = None
@@ -59,20 +64,29 @@ class PairedDataset(_Loading, DPODataset):
 
 
 def schema(mode: str, own_module: bool) -> type[BaseModel]:
-    """The class of an entry with a type that is not ours; ``own_module``: a user's function."""
+    """The schema of an entry as the host gets it.
+
+    Args:
+        mode: ``paired`` or ``unpaired``.
+        own_module: True if the type is a function in a user's module.
+    """
     if mode == "unpaired":
         return UnpairedDataset
     return PairedDataset if own_module else TextPairs
 
 
 class _Kept(SFTDataset, DPODataset, KTODataset):
-    """The host converts an entry to the class of its ``rl``, which drops keys, and one that is
-    not of its SFT class to that, which bounds others. An instance of both it leaves alone."""
+    """An entry that the host's validation leaves unchanged.
+
+    The host converts an entry to the class of its ``rl``, which drops keys; and an entry that is
+    not an instance of its SFT class to that class, which restricts the values of others (``weight``
+    is at most 1). It leaves an instance of both classes as it is.
+    """
 
 
 def kept_by_host(entry: Mapping[str, Any], mode: str) -> Any:
-    """A valid entry in a form that the host's validation does not cut down."""
-    # A user-defined type with no further key needs none, and pydantic would warn of it.
+    """A valid entry in a form that the host's validation does not reduce."""
+    # An entry with a user-defined type and no further keys needs none, and pydantic would warn.
     host_class = DPODataset if mode == "paired" else KTODataset
     if isinstance(entry.get("type"), Mapping) and entry.keys() <= host_class.model_fields.keys():
         return dict(entry)

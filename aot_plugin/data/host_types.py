@@ -1,8 +1,8 @@
-"""What the host's types that render text by themselves can't represent in a row.
+"""What the host's types without a chat template can't represent in a row.
 
-Such a type writes some columns into a text: of a conversation perhaps two turns, of a list its
-Python notation, of null the word None. None of that fails. So the type itself is asked what it
-reads, and what becomes of a row with marks in place of its turns' contents.
+Such a type formats some columns as text: perhaps only two turns of a conversation, a list in Python
+notation, or null as the word None. None of that fails. So the type itself is probed, to see which
+columns it reads and what becomes of a row whose turns have marks as contents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +18,15 @@ CALLS = "tool_calls"
 def first_unrepresented(
     dataset: Dataset, strategy: Strategy, texts: Sequence[str]
 ) -> tuple[int, str] | None:
-    """The number of the first row that a type loses a part of, and what.
+    """Finds the first row of which a type loses a part.
 
     Args:
-        strategy: a row -> its texts.
-        texts: the names of these, the prompt's first.
+        dataset: the rows.
+        strategy: the type's function, from a row to its texts.
+        texts: the names of the texts, the prompt's first.
+
+    Returns:
+        The row's number and what is lost; None if nothing is.
     """
     if not len(dataset):
         return None
@@ -48,7 +52,7 @@ def first_unrepresented(
 
 
 def _columns_read(row: dict[str, Any], strategy: Strategy) -> list[str]:
-    """The columns that a strategy looks at; none if it fails, which is another's to explain."""
+    """The columns that a strategy reads; none if it fails, which is reported elsewhere."""
     read: list[str] = []
 
     class Watched(dict[str, Any]):
@@ -73,7 +77,8 @@ def _null_shows(row: dict[str, Any], name: str, strategy: Strategy, texts: Seque
 
 
 def _shape(value: Any) -> Any:
-    """What decides whether a type represents a value: the roles of its turns, and their calls."""
+    """What decides whether a type can represent a value: the roles of its turns, and which of them
+    have tool calls."""
     if not isinstance(value, list):
         return type(value).__name__
     return tuple(
@@ -94,7 +99,7 @@ def _lost(row: dict[str, Any], name: str, strategy: Strategy, texts: Sequence[st
     value = row[name]
     made = _made(row, strategy, texts)
     if made is None:
-        return None  # the host says why
+        return None  # the host reports why
     if str(value) in "".join(made):
         return f"`{name}` holds {'turns' if _is_conversation(value) else type(value).__name__}"
     if not _is_conversation(value):
@@ -107,7 +112,7 @@ def _lost(row: dict[str, Any], name: str, strategy: Strategy, texts: Sequence[st
     if made is None:
         return None
     prompt, answers = made[0], "".join(made[1:])
-    # Of two turns the first is the prompt, which a row may say elsewhere.
+    # The first of two turns is the prompt, which may also be in another column.
     complete = len(value) <= 2 or all(mark in prompt for mark in marks[:-1])
     if not complete or marks[-1] not in answers:
         roles = ", ".join(str(turn["role"]) for turn in value)
@@ -118,7 +123,8 @@ def _lost(row: dict[str, Any], name: str, strategy: Strategy, texts: Sequence[st
 def _other_prompt(
     row: dict[str, Any], name: str, strategy: Strategy, texts: Sequence[str]
 ) -> str | None:
-    """A conversation whose first turns are not those of the row's prompt."""
+    """The problem of a conversation whose earlier turns are not in the row's prompt; None if they
+    are."""
     value = row[name]
     made = _made(row, strategy, texts) if _is_conversation(value) else None
     if made is None or all(str(turn["content"]) in made[0] for turn in value[:-1]):

@@ -1,4 +1,4 @@
-"""From a cell of the label column to a label."""
+"""Labels from the cells of a label column."""
 
 import math
 from enum import StrEnum
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Drop(StrEnum):
-    """Why a row does not reach training; the values head the columns of the table in the log."""
+    """Why a row is dropped; the values are column headings of the table in the log."""
 
     EMPTY = "empty"
     UNASKED = "unasked"
@@ -34,7 +34,7 @@ WORDS = {
     "1": True,
     "0": False,
 }
-"""Label strings, compared without case and surrounding blanks."""
+"""Label strings; case and surrounding white space are ignored."""
 
 MISSING = ("", "n/a", "na", "nan", "none", "null")
 """Strings that stand for an absent label (UltraFeedback writes N/A)."""
@@ -48,7 +48,10 @@ def is_missing(value: Any) -> bool:
 
 
 def parse_label(value: Any) -> bool | Drop:
-    """The label that a cell states.
+    """Parses a label.
+
+    Returns:
+        True for positive, False for negative, ``Drop.UNLABELED`` for a missing value.
 
     Raises:
         ValueError: if the value is neither a label nor missing; names the accepted ones.
@@ -69,7 +72,10 @@ def parse_label(value: Any) -> bool | Drop:
 
 
 def parse_number(value: Any) -> float | Drop:
-    """The number that a cell states; datasets store ratings as numbers or as strings.
+    """Parses a rating, which datasets store as a number or as a string.
+
+    Returns:
+        The number, or ``Drop.UNLABELED`` for a missing value.
 
     Raises:
         ValueError: if the value is neither a number nor missing.
@@ -85,7 +91,7 @@ def parse_number(value: Any) -> float | Drop:
 
 
 def label_from_rating(rating: float, positive_min: float, negative_max: float) -> bool | Drop:
-    """Positive from ``positive_min`` up, negative from ``negative_max`` down, else dropped."""
+    """True from ``positive_min`` up, False from ``negative_max`` down, else ``Drop.BETWEEN``."""
     if rating >= positive_min:
         return True
     if rating <= negative_max:

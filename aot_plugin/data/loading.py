@@ -1,4 +1,4 @@
-"""Loading the datasets of a run: the host's own, with checks and a table around it."""
+"""The host's loading of a run's datasets, with checks and a log table around it."""
 
 import contextlib
 import json
@@ -41,23 +41,29 @@ if TYPE_CHECKING:
 LOG = get_logger("axolotl.aot_plugin.data")  # the host shows INFO of loggers below its own name
 COUNTS_FILE = "aot_row_counts.json"
 DEFAULT_SEED = 42
-"""The host's own, where it has one."""
+"""The host's own default seed, in places where it has one."""
 LABELS = {True: "positive", False: "negative"}
 SPLITS = {"train": "datasets", "test": "test_datasets"}
 
 
 def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
-    """What the plugin's ``load_datasets`` hook returns for a run of ours.
+    """Loads the datasets of a run of ours, for the plugin's ``load_datasets`` hook.
 
-    The datasets come from the host's own ``load_preference_datasets``. The main process logs, once,
-    what became of the rows of every entry; the counts are kept next to the prepared dataset.
+    The datasets come from the host's own ``load_preference_datasets``. The main process logs once
+    how many rows of every entry were kept and dropped, and stores the counts next to the prepared
+    dataset.
 
     Args:
-        preprocess: the command is ``axolotl preprocess``, whose flags (``--debug``) count.
+        cfg: the run's config.
+        preprocess: True for the command ``axolotl preprocess``, whose flags (``--debug``) then
+            apply.
+
+    Returns:
+        The training set, the evaluation set if there is one, and the number of steps.
 
     Raises:
-        ValueError: for a row that can't be read, if no rows are left or, in an unpaired run, if
-            they have one label only.
+        ValueError: if a row can't be read, if no rows are left or, in an unpaired run, if all rows
+            have the same label.
     """
     unpaired = cfg["aot_mode"] == "unpaired"
     with (
@@ -69,7 +75,7 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
     ):
         tokenizer = load_tokenizer(cfg) if is_main_process() else None
         counts = row_counts(cfg, tokenizer) if tokenizer is not None else {}
-        # Before anything fails that sends the reader to them.
+        # Logged first, since later errors refer to this table.
         _log_counts(list(chain(*counts.values())), cfg["aot_mode"])
         meta = load_preference_datasets(cfg=cfg, cli_args=_flags(preprocess))
     for path, stored in counts.items():
@@ -88,7 +94,7 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
 
 
 def _log_counts(counts: list[RowCounts], mode: str) -> None:
-    # Of pairs of Axolotl's types the host itself says what it drops.
+    # For pairs with one of Axolotl's types, the host itself reports what it drops.
     if any(entry.counted or entry.taken is not None for entry in counts) or mode == "unpaired":
         LOG.info("rows of the %s datasets:\n%s", mode, table(counts))
     for entry in counts:
@@ -97,7 +103,8 @@ def _log_counts(counts: list[RowCounts], mode: str) -> None:
 
 
 def _without_identical(dataset: Dataset, split: str) -> Dataset:
-    """Pairs of Axolotl's types that have one text twice; those of ours are gone by now."""
+    """Drops pairs whose chosen and rejected texts are equal, which entries with one of Axolotl's
+    types may contain. Those of our types have been dropped before."""
     if not is_text(dataset, "paired"):
         return dataset
     chosen, rejected = (dataset.with_format("arrow")[name] for name in COMPLETIONS["paired"])
@@ -116,12 +123,14 @@ def _without_identical(dataset: Dataset, split: str) -> Dataset:
 
 
 def row_counts(cfg: Any, tokenizer: Any) -> dict[Path, list[RowCounts]]:
-    """The counts of every split's entries by the file that keeps them, stored or made anew.
+    """Counts the rows of every split, or reads the counts stored with prepared rows.
 
-    A split that was prepared without counts (by another process, or before they existed) is left
-    out.
+    Returns:
+        The counts of a split's entries by the file that stores them. A split that was prepared
+        without counts (by another process, or before counts existed) is omitted.
     """
-    # As the host does, rows of the training set are looked for in the evaluation set too.
+    # One set for both splits: like the host, a row of the training set is a duplicate in the
+    # evaluation set.
     seen: set[int] | None = set() if cfg.dataset_exact_deduplication else None
     counts = {}
     for split, where in SPLITS.items():
@@ -156,7 +165,7 @@ def _count_split(
 
 
 def _resolved(entry: Any, cfg: Any) -> dict[str, Any] | None:
-    """What ``aot_datasets`` has of an entry; None for the host's own types."""
+    """The value in ``aot_datasets`` for an entry; None for the host's own types."""
     package, _, name = str(entry["type"]).partition(".")
     if package != "aot_plugin":
         return None
@@ -164,7 +173,7 @@ def _resolved(entry: Any, cfg: Any) -> dict[str, Any] | None:
 
 
 def _taken(dataset: Dataset, entry: Any, cfg: Any) -> tuple[Dataset, np.ndarray | None]:
-    """The rows that an entry's type is to read, and their numbers if not all are taken once."""
+    """The rows that an entry's type reads, and their numbers; None if every row is taken once."""
     resolved = _resolved(entry, cfg)
     if resolved is not None:
         dataset = arranged(dataset, resolved)
@@ -176,7 +185,8 @@ def _taken(dataset: Dataset, entry: Any, cfg: Any) -> tuple[Dataset, np.ndarray 
 
 @contextlib.contextmanager
 def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """The host has no hook for what happens between reading and preparing the rows."""
+    """Replaces a function of the host, since it has no hook between reading and preparing rows. The
+    new function gets the original as its first argument."""
     original = getattr(module, name)
     setattr(module, name, partial(function, original))
     try:
@@ -186,8 +196,8 @@ def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[
 
 
 def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kwargs: Any) -> Any:
-    """The rows of an entry as its type is to read them, where the host's RL loader reads all of
-    them once, as they are."""
+    """Loads the rows of an entry as its type reads them; the host's RL loader would read every row
+    once, unchanged."""
     dataset = _all_rows(load(entry, *args, **kwargs))
     if _resolved(entry, cfg) is None:
         check_host_type(dataset, entry, cfg)
@@ -198,8 +208,11 @@ def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kw
 def _hold_out(
     split: Callable[..., Any], dataset: Dataset, cfg: Any, size: float
 ) -> tuple[Dataset, Dataset]:
-    """The host's split. Its schema makes a number of rows a float, of which `datasets` takes only
-    those below 1, for a share."""
+    """The host's split into training and held-out rows.
+
+    The host's schema converts a number of rows to float. `datasets` accepts a float only below 1,
+    as a share of the rows.
+    """
     number = math.ceil(size * len(dataset)) if size < 1 else int(size)
     if number >= len(dataset):
         raise BadRow(
@@ -222,7 +235,8 @@ def _refuse_empty(dataset: Dataset, cfg: Any, split: str) -> None:
 def _save_rows(
     save: Callable[..., Any], cfg: Any, dataset: Dataset, digest: str, split: str
 ) -> None:
-    """Not if there are none: the host could not read them again, and would not say why."""
+    """Saves prepared rows, and refuses an empty set: the host could not read it back, and would not
+    say why."""
     _refuse_empty(dataset, cfg, split)
     save(cfg, dataset, digest, split)
 
@@ -230,8 +244,11 @@ def _save_rows(
 def _show_labels(
     show: Callable[..., Any], dataset: Dataset, tokenizer: Any, num_examples: int, **kwargs: Any
 ) -> None:
-    """What ``--debug`` shows: rows with ids of ours as the host shows those of SFT, with the very
-    ids that are trained. (For preference rows it tokenizes prompt and completion apart.)"""
+    """Shows example rows for ``--debug``.
+
+    Rows with token ids of ours are shown as the host shows SFT rows, with exactly the ids that are
+    trained on. (For preference rows the host tokenizes prompt and completion separately.)
+    """
     for row in dataset.select(range(num_examples)):
         mode = "paired" if "chosen" in row else "unpaired"
         prompt, *completions = (row.get(name) for name in ids_columns(mode).values())
@@ -246,25 +263,25 @@ def _show_labels(
 
 
 def _seed(cfg: Any) -> int:
-    # The host leaves an absent seed out of the config. Ranks, and a resumed run, must take the
-    # same rows.
+    # Without `seed` the host's config has none. All ranks, and a resumed run, must take the same
+    # rows.
     return DEFAULT_SEED if cfg.seed is None else cfg.seed
 
 
 def _all_rows(dataset: Dataset | DatasetDict) -> Dataset:
-    # Of several splits the host's map takes this one.
+    # If there are several splits, the host's map uses this one.
     return dataset["train"] if isinstance(dataset, DatasetDict) else dataset
 
 
 def _flags(preprocess: bool) -> PreprocessCliArgs | TrainerCliArgs:
-    # The hook is not given them; this is how the host's command itself reads them.
+    # The hook does not receive the flags; the host's command parses them in the same way.
     parser = HfArgumentParser(PreprocessCliArgs if preprocess else TrainerCliArgs)
     return parser.parse_args_into_dataclasses(return_remaining_strings=True)[0]
 
 
 def _store(path: Path, counts: list[RowCounts]) -> None:
     if path.parent.is_dir():  # absent with `skip_prepare_dataset`
-        # A killed run must not leave half of it: the next one would read it.
+        # A killed run must not leave a partial file, which the next run would read.
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps([vars(entry) for entry in counts], indent=1))
         os.replace(temporary, path)

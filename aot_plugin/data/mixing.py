@@ -11,19 +11,21 @@ import numpy as np
 
 
 def is_mixed(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry takes other rows than all of them, once."""
+    """Whether an entry takes anything but every row once."""
     return bool(entry.get("shards")) or (entry.get("weight") or 1) != 1
 
 
 def rows_taken(n: int, entry: Mapping[str, Any], seed: int) -> np.ndarray:
     """The numbers of the rows that an entry takes out of n, in the order of reading.
 
-    With ``shards`` s and ``shards_idx`` i (default 0) they are the i-th of s equal parts of the
-    shuffled rows, else all rows. ``weight`` w takes floor(m w) of these m rows (at least one):
+    With ``shards`` s and ``shards_idx`` i (default 0) these are the i-th of s equal parts of the
+    shuffled rows, otherwise all rows. ``weight`` w takes floor(m w) of these m rows (at least one):
     as many whole passes as fit, in order, then rows drawn at random without repetition.
 
     Args:
-        seed: what the shuffles depend on.
+        n: number of rows in the dataset.
+        entry: the entry, of which ``weight`` and the shards are read.
+        seed: seed of the shuffles.
     """
     rows = np.arange(n)
     if entry.get("shards"):

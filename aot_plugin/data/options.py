@@ -1,4 +1,4 @@
-"""What a ``datasets:`` entry with one of our types may say."""
+"""Options of a ``datasets:`` entry with one of our types."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -15,11 +15,11 @@ Cell = Callable[[Mapping[str, Any], str], Any]
 
 
 class ConversationOptions(BaseModel):
-    """Options of every strategy: where the prompt is and how it is rendered."""
+    """Options of every strategy: where the prompt is, and how it is rendered."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     prefers_messages: ClassVar[bool] = False
-    """Of rows with both columns, `field_messages` holds the prompt where the entry names none."""
+    """If a row has both columns and the entry names neither, `field_messages` holds the prompt."""
 
     field_messages: str = "messages"
     field_prompt: str = "prompt"
@@ -82,7 +82,7 @@ class PairedOptions(ConversationOptions):
 
 
 class PairOptions(PairedOptions):
-    """Axolotl's chat-template types of pairs, which read the prompt from `messages`."""
+    """Axolotl's chat-template types for pairs, which read the prompt from `messages`."""
 
     prefers_messages: ClassVar[bool] = True
 
@@ -90,9 +90,9 @@ class PairOptions(PairedOptions):
 class ListwiseOptions(_Thresholds):
     """``chat_template.listwise``: several responses per row.
 
-    They are the elements of a list column (``field_responses``; then ``field_completion`` and
-    ``field_label`` name members of an element), or columns of their own (then both are lists of
-    column names).
+    The responses are either the elements of a list column (``field_responses``; then
+    ``field_completion`` and ``field_label`` name members of an element) or separate columns (then
+    both are lists of column names).
     """
 
     field_responses: str | None = None
@@ -132,11 +132,11 @@ class ListwiseOptions(_Thresholds):
         return self
 
     def responses(self, row: Mapping[str, Any], cell: Cell) -> Iterator[tuple[Any, str]]:
-        """(where to look, field) of every response of a row."""
+        """Yields the mapping and the key under which each response of a row is found."""
         return self._parts(row, self.field_completion, cell)
 
     def labels(self, row: Mapping[str, Any], cell: Cell) -> Iterator[tuple[Any, str]]:
-        """(where to look, field) of every response's label, in the same order."""
+        """Yields the mapping and the key of each response's label, in the same order."""
         return self._parts(row, self.field_label, cell)
 
     def _parts(
@@ -167,8 +167,8 @@ class ThreadsOptions(ConversationOptions):
 
 
 def plain(value: Any) -> Any:
-    """Built-in dicts and lists all the way down: the host's config wraps mappings in a class whose
-    missing keys are None."""
+    """Converts nested mappings and lists to built-in ones; the host's config wraps mappings in a
+    class whose missing keys are None."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -179,6 +179,6 @@ def plain(value: Any) -> Any:
 def _check_template(choice: str, jinja: str | None) -> None:
     from axolotl.utils.chat_templates import get_chat_template
 
-    # The tokenizer's own template is known only later.
+    # The tokenizer's own template is not known yet.
     if not choice.startswith("tokenizer_default"):
         get_chat_template(choice, jinja_template=jinja)

@@ -1,10 +1,11 @@
-"""From turns to the two strings that the model is trained on: the only renderer, for both modes,
-for training and for the report.
+"""Renders turns as the two strings that the model is trained on, prompt and completion.
 
-The prompt is what the model sees when it is served: the template's rendering of the turns with its
-generation prompt. The completion is what the template adds to that for the answer. Nothing is ever
-looked for in rendered text, since an answer may read like the template's own words: where the two
-renderings differ, the place of a turn is found by rendering other contents in it.
+This is the only renderer: for both modes, for training and for the report.
+
+The prompt is what the model sees at inference: the template's rendering of the turns, with its
+generation prompt. The completion is what the template appends to it for the answer. Rendered text
+is never searched for the template's own text, since an answer may contain the same. Where the two
+renderings differ, the position of a turn is found by rendering other contents in its place.
 """
 
 import json
@@ -23,11 +24,11 @@ from .tokens import special_tokens
 
 Tools = list[dict[str, Any]] | None
 PROBES = ("Qx7", "Jz4")
-"""Contents that no template takes apart, with different beginnings and ends."""
+"""Contents that no template splits, with different beginnings and ends."""
 CALLS, REASONING = "tool_calls", "reasoning_content"
 THOUGHT = "</think>"
 THOUGHTS = (REASONING, "reasoning", "thinking", "thought", "function_call")
-"""Properties of an answer that hold a part of it."""
+"""Properties of an answer that hold a part of it besides the content."""
 LEAVES_OUT = "the chat template leaves out {}"
 ANOTHER_PROMPT = (
     "the conversations in the responses are trained, and not the row's own prompt, which differs,"
@@ -37,10 +38,15 @@ TAG = re.compile(r"<[^<>\s][^<>]*>|\[[^\[\]\s][^\[\]]*\]")
 
 
 class Renderer:
-    """Renders examples with the chat template that the entry, else the config, chooses.
+    """Renders examples with the chat template of the entry or, if it names none, of the config.
+
+    Args:
+        cfg: the chat-template keys of the config.
+        options: the entry's options.
+        tokenizer: its chat template is used if neither names another.
 
     Attributes:
-        unrendered: how many answers have something that is not rendered, by what is to be said.
+        unrendered: number of answers of which a part is not rendered, by log message.
     """
 
     def __init__(
@@ -57,28 +63,29 @@ class Renderer:
 
     @cached_property
     def template(self) -> str:
-        """The chat template's text."""
+        """The source text of the chat template."""
         choice, jinja = self._choice
         return get_chat_template(choice, jinja_template=jinja, tokenizer=self._tokenizer)
 
     def __call__(self, example: Example) -> tuple[str, str]:
-        """(prompt, completion): together the template's rendering of the conversation.
+        """Renders an example as (prompt, completion), together the template's conversation.
 
-        The completion ends with the template's own end of turn: what follows the special token that
-        ends it (a line break, the opening of a next turn) is nothing that a model generates.
+        The completion ends with the template's own end of turn. Text after the special token that
+        ends the turn (a line break, the header of a next turn) is left out, since no model
+        generates it.
 
-        Two templates of three begin a finished answer as their generation prompt says. Where one
-        does not, the prompt stays what is served, and the completion is
+        Two templates in three begin a finished answer exactly with their generation prompt. With
+        the others the prompt is still what the model sees at inference, and the completion is
 
-        - what differs from the prompt in white space alone (qwen3: ``<think>\\n\\n`` before an
-          answer, ``<think>\\n`` before reasoning);
-        - the answer, where the generation prompt goes on to an empty block that it closes itself
+        - what follows the common beginning, if the rest of the prompt is white space only (qwen3:
+          ``<think>\\n\\n`` before an answer, ``<think>\\n`` before reasoning);
+        - the answer, if the generation prompt ends with an empty block that it closes itself
           (gemma4);
-        - what follows the last turn of the prompt, where the template places the turns before it
-          otherwise once they are answered (mistral_v2v3 with a system turn).
+        - what follows the last turn of the prompt, if the template formats the turns before it
+          differently once they are answered (mistral_v2v3 with a system turn).
 
         Raises:
-            RowError: if the template refuses the turns or does not render them, or if its
+            RowError: if the template rejects the turns or does not render them, or if its
                 generation prompt and its finished answer contradict each other.
         """
         prompt = self.prompt(example.prompt, example.tools)
@@ -97,18 +104,18 @@ class Renderer:
         return prompt, completion
 
     def prompt(self, turns: list[Turn], tools: Tools = None) -> str:
-        """The prompt up to and with the generation prompt.
+        """Renders the prompt, including the generation prompt.
 
         Raises:
-            RowError: if the template refuses the turns.
+            RowError: if the template rejects the turns.
         """
-        # The responses of one row follow each other and share their prompt.
+        # The responses of one row are rendered one after another and share their prompt.
         if self._last is None or self._last[0] != (turns, tools):
             self._last = (turns, tools), self._apply(turns, tools, add_generation_prompt=True)
         return self._last[1]
 
     def _apply(self, turns: list[Turn], tools: Tools, **kwargs: Any) -> str:
-        # Without tools the argument is left out: a config's `chat_template_kwargs` may name some.
+        # Without tools the argument is left out: `chat_template_kwargs` may contain some.
         given = {"tools": tools} if tools else {}
 
         def apply(turns: list[Turn]) -> str:
@@ -123,23 +130,23 @@ class Renderer:
             try:
                 return apply(turns)
             except TypeError:
-                # A few templates take the arguments of a tool call as JSON only.
+                # A few templates accept the arguments of a tool call only as JSON text.
                 return apply([_with_json_arguments(turn) for turn in turns])
         except (TemplateError, TypeError, KeyError, AttributeError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
             raise RowError(f"the chat template refuses the turns ({roles}): {error}") from error
 
     def _compared(self, example: Example, prompt: str, whole: str) -> str:
-        """The completion where the prompt is no prefix of the whole."""
+        """The completion, if the prompt is not a prefix of the whole conversation."""
         header = _common_prefix(*self._probed(example))
-        if example.completion.get(CALLS):  # which may stand before the content
+        if example.completion.get(CALLS):  # these may come before the content
             plain = {"role": example.completion["role"], "content": PROBES[0]}
             header = _common_prefix(header, self._apply([*example.prompt, plain], example.tools))
         answered = len(header) if whole.startswith(header) else None
         completion = _closed(prompt, whole, answered)
         if completion is not None:
             return completion
-        # What follows the content of the prompt's last turn, in both renderings.
+        # Compare what follows the content of the prompt's last turn, in both renderings.
         *before, last = example.prompt
         prompts, wholes = zip(
             *(
@@ -208,14 +215,14 @@ class Renderer:
         return self._shows_content[shape]
 
     def _probed(self, example: Example) -> list[str]:
-        """The conversation with the probes for an answer."""
+        """The conversation rendered with each of the probes as the content of the answer."""
         return [
             self._apply([*example.prompt, _with(example.completion, probe)], example.tools)
             for probe in PROBES
         ]
 
     def _ended(self, example: Example, completion: str) -> str:
-        """A completion up to the token that ends the turn."""
+        """The completion up to the token that ends the turn."""
         eos = self._tokenizer.eos_token
         stripped = completion.rstrip()
         if eos and stripped.endswith(eos) and completion.count(eos) == 1:
@@ -237,7 +244,7 @@ class Renderer:
 
 
 def _shape(example: Example) -> Shape:
-    """What decides how a template writes the answer, beside its content."""
+    """What decides how a template formats the answer, besides its content."""
     answer = example.completion
     return bool(example.tools), bool(answer.get(CALLS)), bool(answer.get(REASONING))
 
@@ -268,7 +275,8 @@ def _common_suffix(one: str, other: str) -> str:
 
 
 def _added(prompt: str, whole: str) -> str | None:
-    """What a rendering adds to the prompt, if it begins with it, but for white space at its end."""
+    """What a rendering appends to the prompt, apart from white space at the prompt's end; None if
+    it does not begin with the prompt."""
     if whole.startswith(prompt):
         return whole[len(prompt) :]
     same = len(_common_prefix(prompt, whole))
@@ -276,8 +284,8 @@ def _added(prompt: str, whole: str) -> str | None:
 
 
 def _closed(prompt: str, whole: str, answered: int | None) -> str | None:
-    """The answer, which begins at ``answered``, if the prompt goes on from there to a block that it
-    closes: the tags of an open one are odd in number."""
+    """The answer, which begins at ``answered``, if the prompt continues there with a block that it
+    closes itself; otherwise None. A block that is left open has an odd number of tags."""
     if answered is None or prompt[:answered] != whole[:answered]:
         return None
     tags = TAG.findall(prompt[answered:])

@@ -1,4 +1,5 @@
-"""How a run rendered its rows, kept in its output folder: the report scores the same tokens."""
+"""Stores in a run's output folder how its rows were rendered, so that the report scores the same
+tokens."""
 
 import json
 from collections.abc import Mapping
@@ -13,14 +14,14 @@ from .strategy import parsed_options, template_config
 
 LOG = get_logger("axolotl.aot_plugin.data")
 FILE = Path("aot") / "rendering.json"
-"""Under the output folder of a run."""
+"""Path in the output folder of a run."""
 OPTIONS = ("system_prompt", "roles", "message_property_mappings")
-"""What an entry says about turns, whatever its columns are."""
+"""Options of an entry that concern turns, whatever its columns are."""
 
 
 def save_rendering(cfg: Mapping[str, Any], tokenizer: Any) -> None:
-    """Write the chat templates (as text) and their keys that the entries of a run use; nothing if
-    none of them renders by a template."""
+    """Writes the chat templates (as text) that the entries of a run use, with their keys. Writes
+    nothing if no entry is rendered with a chat template."""
     template = template_config(cfg)
     found = []
     for resolved in (cfg.get("aot_datasets") or {}).values():
@@ -40,8 +41,14 @@ def save_rendering(cfg: Mapping[str, Any], tokenizer: Any) -> None:
 
 
 def read_rendering(run: Path) -> dict[str, Any] | None:
-    """The keys that ``Renderer`` takes, and ``options`` of the entry, from a run's folder or that
-    of its checkpoint; None if the run left none."""
+    """Reads what ``save_rendering`` wrote.
+
+    Args:
+        run: the run's folder, or that of one of its checkpoints.
+
+    Returns:
+        The keys that ``Renderer`` takes, and the entry's ``options``; None if there is no file.
+    """
     paths = (folder / FILE for folder in (run, run.resolve().parent))
     path = next((path for path in paths if path.is_file()), None)
     if path is None:

@@ -1,9 +1,9 @@
-"""From a row to examples: the one place that knows schemas.
+"""Builds examples from rows; the only module that knows dataset schemas.
 
-A strategy's ``examples(row, options)`` yields, for every response that the row holds, an
-``Example`` or the reason for which it is dropped. A response may be a string, an assistant turn,
-or turns whose last one is the assistant's; turns that open with the user or the system are a whole
-conversation and bring their own prompt.
+A strategy's ``examples(row, options)`` yields, for every response in the row, an ``Example`` or the
+reason why it is dropped. A response may be a string, an assistant turn, or a list of turns that
+ends with the assistant's. A list that starts with the user or the system is a whole conversation
+and contains its own prompt.
 """
 
 import dataclasses
@@ -29,19 +29,27 @@ from .threads import threads
 
 Row = Mapping[str, Any]
 Turn = dict[str, Any]
-"""A message as chat templates take it: ``role``, ``content`` and further mapped properties."""
+"""A message as chat templates expect it: ``role``, ``content`` and further mapped properties."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled completion of one prompt."""
+    """One labelled completion of one prompt.
+
+    Attributes:
+        prompt: the turns before the answer.
+        completion: the answer, an assistant turn.
+        label: True for positive or chosen.
+        tools: definitions of the tools that the prompt offers.
+        ignored_prompt: True if the row has a prompt of its own that is not part of the
+            conversation.
+    """
 
     prompt: list[Turn]
     completion: Turn
     label: bool
     tools: list[dict[str, Any]] | None = None
     ignored_prompt: bool = dataclasses.field(default=False, compare=False)
-    """The row has a prompt of its own that is no part of the conversation."""
 
 
 Outcome = Example | Drop
@@ -51,9 +59,12 @@ Outcome = Example | Drop
 class PromptStrategy:
     """What a ``type:`` stands for: the options it takes and how it reads a row.
 
-    ``options`` is validated with unknown keys refused; ``examples`` gets the row and an instance
-    of it. Subclass ``ConversationOptions`` to have the chat template, roles and system prompt.
-    ``arrange``, if given, first makes the rows that ``examples`` gets of those of the data set.
+    Attributes:
+        options: class of the options; unknown keys are refused. It subclasses
+            ``ConversationOptions``, which has chat template, roles and system prompt.
+        examples: called with a row and an instance of ``options``; gives an outcome per response.
+        arrange: if given, called first with the dataset and the options; returns the rows that
+            ``examples`` is called with.
     """
 
     options: type[ConversationOptions]
@@ -84,7 +95,7 @@ def paired_examples(row: Row, options: PairedOptions) -> Iterator[Outcome]:
 
 
 def listwise_examples(row: Row, options: ListwiseOptions) -> Iterator[Outcome]:
-    """Several responses to one prompt, judged each by itself or against each other."""
+    """Several responses to one prompt, labelled one by one or by comparison."""
     responses = [(cell(part, field), field) for part, field in options.responses(row, cell)]
     if options.field_preference is not None:
         labels = _prefer(row, options.field_preference)
@@ -98,8 +109,8 @@ def listwise_examples(row: Row, options: ListwiseOptions) -> Iterator[Outcome]:
 
 
 def threads_examples(row: Row, options: ThreadsOptions) -> Iterator[Outcome]:
-    """The answers to one message of a tree (``threads``): the best-ranked one, 0, is positive and
-    the worst-ranked one negative."""
+    """The answers to one message of a tree (``threads``); the one of best rank (0 is the best) is
+    positive, the one of worst rank negative."""
     ranks = [(reply["rank"], options.field_rank) for reply in row["replies"]]
     labels = _best_and_worst(ranks, lower_is_better=True)
     texts = [(reply["text"], options.field_text) for reply in row["replies"]]
@@ -119,7 +130,7 @@ PAIRED = {
     name: PromptStrategy(PairOptions, paired_examples)
     for name in ("chat_template.default", "chat_template.argilla_chat")
 }
-"""Axolotl's types of pairs that render by a chat template, by its names."""
+"""Strategies in place of Axolotl's chat-template types for pairs, by their names there."""
 
 
 def examples(
@@ -128,15 +139,20 @@ def examples(
     options: ConversationOptions,
     prompted: bool = True,
 ) -> Iterator[Outcome]:
-    """The examples of a row's responses.
+    """Builds the examples of a row's responses.
 
     Args:
-        responses: value, its field (for messages) and label of each.
-        prompted: the row has a prompt of its own, for responses that bring none.
+        row: the row.
+        responses: (value, field, label) of each; the field is for messages.
+        options: the entry's options.
+        prompted: True if the row has a prompt of its own, for responses that contain none.
+
+    Yields:
+        An ``Example`` or the reason for dropping it, for each response in order.
 
     Raises:
         RowError: if prompt or response are not text, a role is unknown, or the prompt's last turn
-            is an answer other than a response of this row.
+            is an answer that is not a response of this row.
     """
     own = prompted and _prompt_field(row, options) is not None
 
@@ -167,8 +183,11 @@ def _is_kept(outcome: Outcome) -> TypeGuard[Example]:
 
 
 def _within(prompt: list[Turn], turns: list[Turn]) -> tuple[list[Turn], bool]:
-    """A conversation that a response brings, with what the row's own prompt has before it; and
-    whether that prompt is another one."""
+    """Completes a response's conversation with the earlier turns of the row's own prompt.
+
+    Returns:
+        The turns, and True if the row's prompt is a different one and thus ignored.
+    """
 
     def said(some: Sequence[Turn]) -> list[tuple[str, str]]:
         return [(turn["role"], turn["content"].strip()) for turn in some]
@@ -186,7 +205,7 @@ def _prompt_or_nothing(
 ) -> list[Turn]:
     try:
         return _prompt(row, options, answers)
-    except RowError:  # of no use, and of no harm beside a whole conversation
+    except RowError:  # harmless, since the response is a whole conversation
         return []
 
 
@@ -197,7 +216,7 @@ def example(
     options: ConversationOptions,
     prompted: bool = True,
 ) -> Outcome:
-    """``examples`` of one response."""
+    """``examples`` for a single response."""
     (outcome,) = examples(row, [(response, "response", label)], options, prompted)
     return outcome
 
@@ -233,7 +252,7 @@ def cell(row: Row, field: str) -> Any:
 
 
 def _column(row: Row, field: str) -> str:
-    """What to write where a column is not there."""
+    """Advice on a missing column, for messages."""
     if field in ("chosen", "rejected"):
         instead = "`aot_mode: unpaired` reads single responses with a label"
     elif {"chosen", "rejected"} <= row.keys():
@@ -244,10 +263,10 @@ def _column(row: Row, field: str) -> str:
 
 
 def judge(row: Row, field: str, options: DefaultOptions | ListwiseOptions) -> bool | Drop:
-    """The label in a column: as it stands or, with thresholds, from its rating.
+    """The label in a column: parsed as it is or, with thresholds, derived from a rating.
 
     Raises:
-        RowError: if the value is no label (or, with thresholds, no number).
+        RowError: if the value is not a label (or, with thresholds, not a number).
     """
     value = cell(row, field)
     try:
@@ -268,12 +287,15 @@ def as_turns(
     field: str | None = None,
     literal: bool = False,
 ) -> list[Turn]:
-    """Turns from a string (one turn of ``role``), a turn, a list of turns (also as JSON) or a
-    transcript.
+    """Turns from a string, a turn, a list of turns (also as JSON text) or a transcript.
 
     Args:
+        value: the value of a column.
+        role: role of a string that is a single turn.
+        options: the entry's options.
         field: the column, for messages.
-        literal: a string is the text of one turn, whatever it looks like.
+        literal: True if a string is always the text of one turn, even if it looks like JSON or a
+            transcript.
 
     Raises:
         RowError: for any other value, or a role that the entry's ``roles`` do not map.
@@ -296,8 +318,11 @@ def as_turns(
 
 
 def _serialized(value: Any, row: Row, options: ConversationOptions) -> bool:
-    """Whether a response beside the row's own prompt keeps its turns as JSON, and is no text about
-    such: the prompt does so too, or is one of these turns."""
+    """Whether a response is a list of turns stored as JSON, in a row with a prompt of its own.
+
+    A response may also be plain text that happens to be such JSON. It is taken for turns only if
+    the prompt is stored as JSON too, or is one of these turns.
+    """
     turns = _turns_in_json(value, options) if isinstance(value, str) else None
     if turns is None:
         return False
@@ -310,7 +335,7 @@ def _serialized(value: Any, row: Row, options: ConversationOptions) -> bool:
 
 
 def _turns_in_json(text: str, options: ConversationOptions) -> list[Any] | None:
-    """The turns of a conversation that a set keeps as JSON; None if the text is none."""
+    """The turns of a conversation stored as JSON; None if the text is not one."""
     if not text.lstrip().startswith("[{"):
         return None
     try:
@@ -322,19 +347,19 @@ def _turns_in_json(text: str, options: ConversationOptions) -> list[Any] | None:
 
 
 def explicit(options: BaseModel) -> set[str]:
-    """The options that the entry sets itself."""
+    """Names of the options that the entry sets itself, as opposed to defaults."""
     return options.model_fields_set
 
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-"""Anthropic/hh-rlhf: a conversation in one string, which begins with this."""
+"""Anthropic/hh-rlhf: begins each turn of a conversation that is stored as one string."""
 
 _HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
-"""nvidia/HelpSteer and HelpSteer2: what separates the turns of a prompt in one string."""
+"""nvidia/HelpSteer and HelpSteer2: separates the turns of a prompt that is stored as one string."""
 
 
 def _from_transcript(text: str) -> list[Turn]:
-    """The turns of a conversation in one string; empty if the string is none."""
+    """The turns of a conversation stored as one string; empty if the string is not one."""
     if _HH_TURN.match(text):
         parts = _HH_TURN.split(text)[1:]
     elif _HELPSTEER_TURN.search(text):
@@ -346,12 +371,12 @@ def _from_transcript(text: str) -> list[Turn]:
         {"role": roles[who], "content": said.strip()}
         for who, said in zip(parts[::2], parts[1::2], strict=True)
     ]
-    # A prompt may end in the cue for the answer.
+    # A prompt may end with the header of the assistant's turn, the cue for the answer.
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def _turn(message: Any, options: ConversationOptions) -> Turn:
-    """A message with all its properties: templates look for reasoning, tool calls, names, ..."""
+    """Converts a message with all its properties: templates read reasoning, tool calls and more."""
     mapping = options.message_property_mappings
     named = isinstance(message, Mapping) and mapping["role"] in message
     if not named or not (mapping["content"] in message or message.get("tool_calls")):
@@ -376,8 +401,11 @@ def _turn(message: Any, options: ConversationOptions) -> Turn:
 
 
 def _calls(calls: Any) -> list[Any]:
-    """Tool calls as templates take them, with arguments as mappings: many sets, and OpenAI's
-    interface, keep these (or the calls) as JSON, which a template would write as a string."""
+    """Converts tool calls to the form that templates expect, with arguments as mappings.
+
+    Many datasets, and OpenAI's API, store the arguments (or the calls) as JSON text, which a
+    template would write as a string.
+    """
     if isinstance(calls, str):
         calls = _from_json(calls)
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
@@ -392,7 +420,7 @@ def _calls(calls: Any) -> list[Any]:
 
 
 def _from_json(text: str) -> Any:
-    """What a text says as JSON; itself if it is none, or says no mapping or list."""
+    """The mapping or list that a text encodes as JSON; the text itself if it encodes neither."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -401,7 +429,7 @@ def _from_json(text: str) -> Any:
 
 
 def _text(content: Any) -> str:
-    """The text of a turn, of which some sets keep the parts."""
+    """The text of a turn, which some datasets store in parts."""
     if isinstance(content, str | None):
         return content or ""
     if not isinstance(content, Sequence):
@@ -417,8 +445,11 @@ def _text(content: Any) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """Nested values without the members that are null: in a column of structs a dataset fills in
-    those of other rows, and a template would print them."""
+    """Nested values without members that are null.
+
+    In a column of structs, a dataset adds the members of other rows as nulls, and a template would
+    print them.
+    """
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -433,10 +464,10 @@ def _tools(row: Row, options: ConversationOptions) -> list[dict[str, Any]] | Non
 
 
 def as_tools(tools: Any, column: str) -> list[dict[str, Any]] | None:
-    """The tools of a row, which many sets keep as JSON; None if it has none.
+    """The tools of a row, which many datasets store as JSON text; None if it has none.
 
     Raises:
-        RowError: with the column and its value.
+        RowError: if the value is not a list of tools; names the column and the value.
     """
     if isinstance(tools, str):
         try:
@@ -451,7 +482,7 @@ def as_tools(tools: Any, column: str) -> list[dict[str, Any]] | None:
 
 
 def _prompt_field(row: Row, options: ConversationOptions) -> str | None:
-    """The column with the prompt; None if the row has none (another row of the set may)."""
+    """The column with the prompt; None if this row has none (other rows of the dataset may)."""
     written = explicit(options)
     names = [options.field_prompt, options.field_messages]
     if options.prefers_messages:
@@ -471,11 +502,14 @@ def _has(row: Row, name: str) -> bool:
 
 
 def _prompt(row: Row, options: ConversationOptions, answers: Sequence[Turn]) -> list[Turn]:
-    """The turns of the prompt column. Some sets keep the whole conversation there: an answer at
-    its end that is one of the row's own ``answers`` is none of the prompt."""
+    """The turns of the prompt column.
+
+    Some datasets store the whole conversation there. So a final answer that is one of the row's own
+    ``answers`` is removed.
+    """
     field = _prompt_field(row, options)
     if field is None:
-        # Null is an empty prompt; a column that is not there is an error that names it.
+        # Null is an empty prompt; a missing column is an error that names it.
         written = explicit(options)
         named = "field_prompt" in written or options.field_prompt in row
         field = options.field_prompt if named else options.field_messages
@@ -513,7 +547,12 @@ def _prefer(row: Row, field: str) -> list[bool | Drop]:
 
 
 def _best_and_worst(values: Iterable[tuple[Any, str]], lower_is_better: bool) -> list[bool | Drop]:
-    """Labels from ratings, each with the name of its field."""
+    """Labels the best of some ratings positive and the worst negative.
+
+    Args:
+        values: (rating, field) of each response; the field is for messages.
+        lower_is_better: True if the lowest rating is the best.
+    """
     labels: list[bool | Drop] = []
     ratings: dict[int, float] = {}
     for index, (value, field) in enumerate(values):
@@ -526,7 +565,7 @@ def _best_and_worst(values: Iterable[tuple[Any, str]], lower_is_better: bool) ->
             continue
         labels.append(Drop.BETWEEN)
         ratings[index] = -rating if lower_is_better else rating
-    # With all ratings equal nothing is better than anything else.
+    # If all ratings are equal, there is no best and no worst.
     if ratings and max(ratings.values()) > min(ratings.values()):
         labels[max(ratings, key=ratings.__getitem__)] = True
         labels[min(ratings, key=ratings.__getitem__)] = False

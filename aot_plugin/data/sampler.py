@@ -9,17 +9,17 @@ from torch.utils.data import Sampler
 class StratifiedSampler(Sampler[int]):
     """A random order of all rows in which each run of k rows holds both labels in proportion.
 
-    Positives and negatives are shuffled apart and merged so that among the first i rows the
+    Positives and negatives are shuffled separately and merged so that among the first i rows the
     number of positives is i p rounded (p: their share of the data). Every block of k consecutive
-    rows then holds floor(k p) or ceil(k p) positives, so a step of k rows is one-sided only where
-    k p or k (1 - p) is below 1. Within a block the order is random, so that no rank or micro-batch
-    is given one label by position.
+    rows then holds floor(k p) or ceil(k p) positives, so a step of k rows has a single label only
+    if k p or k (1 - p) is below 1. Within a block the order is random, so that no rank or
+    micro-batch gets one label by position.
 
     Args:
         labels: one bool per row.
-        block_size: k, the rows of one optimizer step over all ranks.
-        seed: with the epoch (``set_epoch``, called by accelerate) it determines the order, so a
-            resumed run sees the rows in the order of the unbroken one.
+        block_size: k, the number of rows of one optimizer step over all ranks.
+        seed: determines the order together with the epoch (``set_epoch``, called by accelerate), so
+            a resumed run sees the rows in the same order as an uninterrupted one.
 
     Raises:
         ValueError: if there are no rows.

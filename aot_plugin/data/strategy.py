@@ -1,4 +1,4 @@
-"""Our prompt strategies as the host calls them."""
+"""Our prompt strategies in the form in which the host calls them."""
 
 import contextlib
 import itertools
@@ -16,12 +16,14 @@ from .rows import PAIRED, Example, Outcome, PromptStrategy, Row, RowError
 from .tokens import COMPLETIONS, features, ids_columns, token_ids
 
 Rendered = tuple[Any, ...]
-"""A prepared row but for its ids: prompt, completions and, unpaired, the label."""
+"""A prepared row without its token ids: prompt, completions and, if unpaired, the label."""
 
 
 def strategies(mode: str = "unpaired") -> Mapping[str, PromptStrategy]:
-    """All strategies of a mode by the name that a ``type:`` takes: for unpaired rows ours and those
-    of other packages, for pairs the host's types that render by a chat template.
+    """All strategies of a mode, by the name in ``type:``.
+
+    For unpaired rows these are ours and those of other packages; for pairs they stand in for the
+    host's types that render with a chat template.
 
     Raises:
         ValueError: if two packages register one name.
@@ -32,14 +34,14 @@ def strategies(mode: str = "unpaired") -> Mapping[str, PromptStrategy]:
 
 
 def strategy_factory(mode: str, key: str) -> Callable[..., Any]:
-    """The host's idea of a strategy, for a type that ``resolve_datasets`` wrote.
+    """A strategy as the host expects it, for a type that ``resolve_datasets`` wrote.
 
     Args:
-        mode, key: what ``entry_type`` reads from the type.
+        mode, key: decoded from the type (``entry_type``).
 
     Returns:
-        ``factory(cfg, **kwargs) -> (transform, map_kwargs)``; the transform is batched, since one
-        row may hold several responses, or none that can be used.
+        ``factory(cfg, **kwargs) -> (transform, map_kwargs)``. The transform is batched, since a row
+        may hold several usable responses, or none.
     """
 
     def factory(cfg: Mapping[str, Any], **_: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -77,7 +79,7 @@ def transform_for(cfg: Mapping[str, Any], resolved: Mapping[str, Any]) -> Callab
 
 
 def mode_of(resolved: Mapping[str, Any]) -> str:
-    """``paired`` or ``unpaired``: what an entry of ``aot_datasets`` makes of its rows."""
+    """The mode of a value of ``aot_datasets``: ``paired`` or ``unpaired``."""
     return resolved.get("mode") or "unpaired"
 
 
@@ -94,10 +96,10 @@ def template_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def arranged(dataset: Dataset, resolved: Mapping[str, Any]) -> Dataset:
-    """The rows that an entry's strategy reads, of those that were loaded.
+    """The rows that an entry's strategy reads, made from those that were loaded.
 
     Raises:
-        ValueError: naming the dataset, if it can't be arranged.
+        ValueError: if the strategy can't arrange them; names the dataset.
     """
     arrange = strategies(mode_of(resolved))[resolved["strategy"]].arrange
     if arrange is None:
@@ -118,13 +120,19 @@ def rows_of(batch: Mapping[str, list[Any]]) -> Iterator[Row]:
 def outcomes(
     rows: Iterable[Row], resolved: Mapping[str, Any], numbers: Iterable[int] | None = None
 ) -> Iterator[tuple[int | None, list[Outcome]]]:
-    """What an entry's strategy makes of rows, in order: number and outcomes of each.
+    """Applies an entry's strategy to rows.
 
     Args:
+        rows: rows of the dataset.
+        resolved: the entry's value in ``aot_datasets``.
         numbers: the rows' numbers in their dataset, for messages.
 
+    Yields:
+        The number (None if not known) and the outcomes of each row, in order.
+
     Raises:
-        ValueError: naming dataset, row number if known, field, value and what is accepted.
+        ValueError: if a row can't be read; names dataset, row number if known, field, value and
+            what is accepted.
     """
     strategy = strategies(mode_of(resolved))[resolved["strategy"]]
     options = parsed_options(resolved)
@@ -141,10 +149,18 @@ def rendered(
     render: Renderer,
     numbers: Iterable[int] | None = None,
 ) -> Iterator[tuple[int | None, Rendered | Drop]]:
-    """What strategy and chat template make of rows, in order: (number, prepared row or the reason
-    for dropping it), one for every response (unpaired) or for every row (paired).
+    """Applies an entry's strategy and its chat template to rows.
 
-    Args and Raises: as ``outcomes``.
+    Args:
+        rows, resolved, numbers: as in ``outcomes``.
+        render: renders the examples.
+
+    Yields:
+        The row's number, and the prepared row or the reason for dropping it: one for each response
+        (unpaired) or each row (paired), in order.
+
+    Raises:
+        ValueError: as ``outcomes``; also if a row can't be rendered.
     """
     paired = mode_of(resolved) == "paired"
     for number, found in outcomes(rows, resolved, numbers):
@@ -169,13 +185,14 @@ def _naming(resolved: Mapping[str, Any], number: int | None) -> Iterator[None]:
 
 
 def ids_of(kept: Sequence[Rendered], mode: str, tokenizer: Any) -> list[list[list[int]]]:
-    """``token_ids`` of rendered rows."""
+    """``token_ids`` for rendered rows."""
     count = len(COMPLETIONS[mode])
     return token_ids([row[0] for row in kept], [row[1 : 1 + count] for row in kept], tokenizer)
 
 
 def _pair(outcomes: list[Outcome]) -> tuple[Example, Example] | Drop:
-    """The chosen and the rejected example of a row, which have one prompt."""
+    """The chosen and the rejected example of a row, or why they are dropped: they need the same
+    prompt."""
     chosen, rejected = outcomes
     if isinstance(chosen, Drop) or isinstance(rejected, Drop):
         return chosen if isinstance(chosen, Drop) else rejected  # type: ignore[return-value]

@@ -12,20 +12,22 @@ Messages = Mapping[Any, Mapping[str, Any]]
 
 
 def threads(dataset: Dataset, options: ThreadsOptions) -> Dataset:
-    """One row per message that the assistant has answered: the conversation up to it, and its
-    answers with their ranks.
+    """Builds one row per message that the assistant has answered.
 
-    The columns that the options name are held in memory.
+    The row holds the conversation up to the message, and the answers to it with their ranks. The
+    columns that the options name are held in memory.
 
     Args:
         dataset: messages, in any order.
+        options: the entry's options.
 
     Returns:
         Rows of ``prompt`` (turns; None if a message above is missing) and ``replies`` (a list of
         ``text`` and ``rank``), in the order of the first answer.
 
     Raises:
-        ValueError: a missing column, two messages of one id, or a message above itself.
+        ValueError: if a column is missing, two messages have the same id, or a message is its own
+            ancestor.
     """
     columns = {
         "id": options.field_id,
@@ -60,7 +62,7 @@ def threads(dataset: Dataset, options: ThreadsOptions) -> Dataset:
 
 
 def _conversation(key: Any, messages: Messages) -> list[dict[str, Any]] | None:
-    """The turns from the root of the tree down to a message."""
+    """The turns from the root of the tree down to a message; None if one of them is missing."""
     path: dict[Any, dict[str, Any]] = {}
     while key is not None:
         if key in path:

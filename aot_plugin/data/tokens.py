@@ -1,10 +1,11 @@
-"""From the rendered strings to token ids, in both modes, in place of TRL's own tokenization.
+"""Token ids of rendered strings, in both modes, in place of TRL's own tokenization.
 
-TRL tokenizes the prompt, and then prompt and completion together, and takes what is longer. Where a
-token reaches across the border of the two, the first characters of the completion are lost; where
-a template has written the begin-of-sequence token, there are two; and an end-of-sequence token is
-appended to a completion that ends in another end-of-turn token. So the trainer takes the ids that
-are made here: of what our strategies render, by them; of text, when the trainer prepares it.
+TRL tokenizes the prompt, then prompt and completion together, and takes the ids beyond the length
+of the prompt's for the completion. Where a token spans the boundary of the two, the first
+characters of the completion are lost. Where a template has written the begin-of-sequence token,
+there are two. And a completion that ends with another end-of-turn token still gets an
+end-of-sequence token. So the trainer uses the ids that are made here: by our strategies for the
+rows that they render, and for text of other strategies when the trainer prepares the dataset.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,17 +18,20 @@ COMPLETIONS = {"paired": ("chosen", "rejected"), "unpaired": ("completion",)}
 """The columns of completions, by mode."""
 
 ANCHOR = "\n"
-"""A tokenizer of the SentencePiece kind writes a blank before a text; after this it does not."""
+"""A SentencePiece tokenizer inserts a blank at the beginning of a text, but not after this."""
 
 
 def ids_columns(mode: str) -> dict[str, str]:
-    """TRL's columns of ids, and ours: TRL overwrites its own, and ours are null in rows of other
-    strategies."""
+    """TRL's columns of ids, mapped to ours.
+
+    Ours have names of their own because TRL overwrites its columns. They are null in rows of other
+    strategies.
+    """
     return {f"{name}_ids": f"template_{name}_ids" for name in ("prompt", *COMPLETIONS[mode])}
 
 
 def features(mode: str) -> Features:
-    """A prepared row of ours: what the host expects, and our token ids."""
+    """Features of a prepared row of ours: the columns that the host expects, and our token ids."""
     texts = {name: Value("string") for name in ("prompt", *COMPLETIONS[mode])}
     label = {"label": Value("bool")} if mode == "unpaired" else {}
     return Features(
@@ -41,15 +45,17 @@ def token_ids(
     tokenizer: Any,
     begin: bool = False,
 ) -> list[list[list[int]]]:
-    """The ids of prompts and of their completions.
+    """Tokenizes prompts and their completions.
 
     A completion continues the ids of its prompt, as in generation, and no character is lost. It
-    ends with an end-of-turn token of its own or, if it has none, with the end-of-sequence token.
+    ends with its own end-of-turn token or, if it has none, with the end-of-sequence token.
 
     Args:
-        completions: for each prompt equally many.
-        begin: a begin-of-sequence token comes first where the tokenizer writes one and the text
-            has none (a chat template knows by itself whether there is one).
+        prompts: rendered prompts.
+        completions: those of each prompt, equally many for all.
+        tokenizer: the run's tokenizer.
+        begin: True to begin with a begin-of-sequence token, if the tokenizer adds one and the text
+            has none (a chat template writes its own).
 
     Returns:
         [prompts][1 + completions] lists of ids, the prompt's first.
@@ -73,7 +79,7 @@ def token_ids(
             if whole[: len(prompt_ids)] == prompt_ids:
                 completion_ids = whole[len(prompt_ids) :]
             else:
-                # A token reaches across the border.
+                # A token spans the boundary.
                 alone, anchored = ids([completion, ANCHOR + completion])
                 at_anchor = anchored[: len(anchor)] == anchor
                 completion_ids = anchored[len(anchor) :] if at_anchor else alone
@@ -85,7 +91,7 @@ def token_ids(
 
 
 def same_ids(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[bool]:
-    """Of each pair of texts, whether both become the same ids, whatever they look like."""
+    """Whether the two texts of each pair have the same token ids, even if they differ."""
     normalize = _lossless(tokenizer)
     alike = [n for n, (a, b) in enumerate(pairs) if not normalize or normalize(a) == normalize(b)]
     same = [False] * len(pairs)
@@ -100,8 +106,12 @@ def same_ids(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[bool]:
 
 
 def _lossless(tokenizer: Any) -> Callable[[str], str] | None:
-    """What is done to a text before it becomes ids that hold every byte of it; None where ids may
-    lose something (unknown characters, white space beside a token or in front)."""
+    """The normalization of a tokenizer whose ids preserve every byte of the normalized text.
+
+    Returns:
+        The function that normalizes a text; None if the ids may lose something (unknown characters,
+        white space next to a token or at the beginning).
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or any(
         t.lstrip or t.rstrip for t in tokenizer.added_tokens_decoder.values()
@@ -114,7 +124,7 @@ def _lossless(tokenizer: Any) -> Callable[[str], str] | None:
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """The text of the tokens that can end a turn, by id."""
+    """The texts of the special tokens, which can end a turn, by id."""
     return {
         index: token.content
         for index, token in tokenizer.added_tokens_decoder.items()
@@ -123,7 +133,7 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 def is_text(dataset: Dataset, mode: str) -> bool:
-    """Whether prompts and completions are strings (and not, for instance, turns)."""
+    """Whether prompts and completions are strings (not turns, for instance)."""
     return all(
         getattr(dataset.features.get(name), "dtype", None) in ("string", "large_string")
         for name in ("prompt", *COMPLETIONS[mode])
@@ -137,12 +147,18 @@ def prepare_tokens(
     max_length: int | None,
     num_proc: int | None = None,
 ) -> Dataset:
-    """What a TRL trainer's ``_prepare_dataset`` is to return for rows of text.
+    """Tokenizes rows of text, in place of a TRL trainer's ``_prepare_dataset``.
 
     Args:
         dataset: the host's prepared dataset.
+        tokenizer: the run's tokenizer.
         mode: ``paired`` or ``unpaired``.
-        max_length: rows whose prompt alone fills it are dropped, as TRL does; None for none.
+        max_length: rows whose prompt alone has as many tokens or more are dropped, as TRL does;
+            None to drop none.
+        num_proc: number of processes.
+
+    Returns:
+        The dataset with TRL's columns of ids.
     """
     columns = ids_columns(mode)
     ours = set(columns.values()) <= set(dataset.column_names)
@@ -163,7 +179,7 @@ def prepare_tokens(
 
 
 def _encode(batch: dict[str, list[Any]], tokenizer: Any, mode: str) -> dict[str, list[list[int]]]:
-    """Ids of the rows of text; those that are ours have theirs."""
+    """Token ids of a batch; rows of our strategies already have theirs."""
     columns = ids_columns(mode)
     given = list(zip(*(batch[name] for name in columns.values() if name in batch), strict=True))
     texts = list(zip(*(batch[name] for name in COMPLETIONS[mode]), strict=True))
