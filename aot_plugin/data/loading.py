@@ -129,8 +129,8 @@ def row_counts(cfg: Any, tokenizer: Any) -> dict[Path, list[RowCounts]]:
         The counts of a split's entries by the file that stores them. A split that was prepared
         without counts (by another process, or before counts existed) is omitted.
     """
-    # One set for both splits: like the host, a row of the training set is a duplicate in the
-    # evaluation set.
+    # Shared by both splits: as in the host, an evaluation row that is also a training row is a
+    # duplicate.
     seen: set[int] | None = set() if cfg.dataset_exact_deduplication else None
     counts = {}
     for split, where in SPLITS.items():

@@ -1,6 +1,7 @@
-"""Seeing the dominance: statistics, quantile plots and comparisons of runs.
+"""Reports on dominance: statistics, quantile plots and comparisons of runs.
 
-Importing this needs numpy only; SciPy, pyarrow, matplotlib and torch are imported where used.
+Importing this package needs only NumPy; SciPy, pyarrow, matplotlib and torch are imported where
+they are used.
 """
 
 from .loggers import log_figure_to_loggers

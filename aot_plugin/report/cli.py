@@ -1,4 +1,4 @@
-"""`python -m aot_plugin report`: the command's arguments and its errors."""
+"""The command ``python -m aot_plugin report``: its arguments and errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Other runs (`rl: dpo`, `ipo`, `kto`), or all runs on rows of your choice, are sc
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command to `parser`."""
+    """Adds the arguments of the command to ``parser``."""
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output directory")
     parser.add_argument(
         "--output", type=Path, default=Path("report.html"), help="default: %(default)s"
@@ -57,7 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> str:
-    """Writes the page and returns its path. Raises ValueError or OSError for the user to read."""
+    """Writes the report.
+
+    Returns:
+        The path of the HTML page.
+
+    Raises:
+        ValueError, OSError: with a message for the user.
+    """
     from .page import comparison_page
     from .scores import write_atomically
 
@@ -108,7 +115,11 @@ def _scores_of(run: Path, arguments: argparse.Namespace) -> list[Scores]:
 
 
 def run_names(runs: list[Path]) -> list[str]:
-    """The last parts of the paths, as many as make them differ."""
+    """Names of runs: the last parts of their paths, as many as are needed to tell them apart.
+
+    Raises:
+        ValueError: if two paths are the same.
+    """
     paths = [run.resolve() for run in runs]
     if len(set(paths)) < len(paths):
         raise ValueError("a run is given twice")

@@ -24,7 +24,7 @@ _STYLES = (
     {"color": "#555555", "linestyle": (0, (8, 2))},
 )
 _TITLE_WIDTH = 48  # characters that fit above a column
-_HISTORY_RESAMPLES = 200  # of each evaluation in a history: bands to look at, not to quote
+_HISTORY_RESAMPLES = 200  # per evaluation: the bands are for looking at, not for quoting
 
 
 class Named(NamedTuple):
@@ -35,8 +35,13 @@ class Named(NamedTuple):
 
 
 def side_by_side(names: Sequence[str], panels: Sequence[Panel], share_scale: bool) -> Figure:
-    """One column an evaluation: its quantile functions and their gap; share_scale gives all
-    columns one vertical scale."""
+    """Draws one column per evaluation: its quantile functions and, below them, their gap.
+
+    Args:
+        names: titles of the columns.
+        panels: samples of the columns.
+        share_scale: True for the same vertical scale in all columns.
+    """
     figure = new_figure(4.6 * len(panels), 5.2)
     axes = figure.subplots(
         2,
@@ -54,7 +59,7 @@ def side_by_side(names: Sequence[str], panels: Sequence[Panel], share_scale: boo
 
 
 def gaps(names: Sequence[str], panels: Sequence[Panel]) -> Figure:
-    """The gaps Q_first - Q_second of all evaluations in one plot; below 0 is violation."""
+    """Draws the gaps Q_first - Q_second of all evaluations in one plot; below 0 is violation."""
     figure = new_figure(7.0, 3.6)
     axes = figure.subplots()
     axes.axhspan(-1e9, 0, color="#b22222", alpha=0.08, linewidth=0)
@@ -65,8 +70,8 @@ def gaps(names: Sequence[str], panels: Sequence[Panel]) -> Figure:
         style = _STYLES[number % len(_STYLES)]
         axes.stairs(x - y, levels, baseline=None, label=literal(name), linewidth=1.6, **style)
         low, high = min(low, (x - y).min()), max(high, (x - y).max())
-    margin = 0.05 * (high - low) or 1.0
-    axes.set_ylim(low - margin, high + margin)
+    padding = 0.05 * (high - low) or 1.0
+    axes.set_ylim(low - padding, high + padding)
     axes.set_xlim(0, 1)
     axes.set_xlabel("quantile level t")
     axes.set_ylabel("gap [nats]; below 0: violation")
@@ -76,8 +81,13 @@ def gaps(names: Sequence[str], panels: Sequence[Panel]) -> Figure:
 
 
 def history(evaluations: Sequence[Named]) -> Figure | None:
-    """Violation amount and W1 of the margins over the steps, one line a run and eval set, with
-    95 % bootstrap bands. None if no run has two evaluations of one set."""
+    """Draws violation amount and W1 over the steps, with 95 % bootstrap bands.
+
+    Both compare u with v (``Scores.u``, ``Scores.v``). There is one line per run and eval set.
+
+    Returns:
+        The figure, or None if no run has two evaluations of the same eval set.
+    """
     ordered = sorted(evaluations, key=lambda e: (e.run, e.scores.eval_set, e.scores.step))
     lines = [
         (key, [evaluation.scores for evaluation in group])

@@ -1,4 +1,4 @@
-"""Sending a plot to the experiment loggers of a run."""
+"""Sends plots to the experiment loggers of a run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ def log_figure_to_loggers(
     report_to: Iterable[str],
     callbacks: Iterable[Any] = (),
 ) -> list[str]:
-    """Sends the PNG file `path` to those loggers of `report_to` whose run is active.
+    """Sends a plot to those loggers that have an active run.
 
-    `report_to` holds names as in the training arguments; "tensorboard", "wandb", "mlflow" and
-    "trackio" take images, others are passed over. `callbacks` are the trainer's
-    (`trainer.callback_handler.callbacks`): the writer of TensorBoard is found there, the other
-    runs are found through their modules. No library is imported and no run is started here.
-    The image appears as "aot/<file name without its step>".
+    No logger's library is imported here, and no run is started. The image appears as
+    "aot/<file name without its step>". If a logger fails, a warning is logged; nothing is raised.
 
-    Returns the names of the loggers that took it. A logger that fails is logged, never raised.
+    Args:
+        path: the PNG file.
+        step: the optimizer step.
+        report_to: names as in the training arguments. "tensorboard", "wandb", "mlflow" and
+            "trackio" accept images; others are skipped.
+        callbacks: the trainer's (``trainer.callback_handler.callbacks``). TensorBoard's writer is
+            found there; the runs of the other loggers are found through their modules.
+
+    Returns:
+        The names of the loggers that accepted the image.
     """
     path, callbacks = Path(path), list(callbacks)
     key = f"aot/{path.stem.rsplit('-step', 1)[0]}"
@@ -37,7 +43,7 @@ def log_figure_to_loggers(
             if send is not None and send(path, key, step, callbacks):
                 took.append(name)
         except Exception as error:
-            # Loggers fail in ways of their own (network, quota): no reason to end a training.
+            # Loggers fail in many ways (network, quota), which must not end a training.
             LOG.warning("%s didn't take %s: %r", name, path.name, error)
     return took
 
@@ -60,7 +66,7 @@ def _to_wandb(path: Path, key: str, step: int, callbacks: list[Any]) -> bool:
     wandb = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
         return False
-    # Transformers plots against this key; wandb's own step must only grow and counts log calls.
+    # Transformers plots against this key. wandb's own step must increase and counts log calls.
     wandb.log({key: wandb.Image(str(path)), "train/global_step": step})
     return True
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page comparing runs: no script, no external resource."""
+"""One self-contained HTML page that compares runs, without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -28,12 +28,20 @@ img { max-width: 100%; } .wide { overflow-x: auto; } p { max-width: 55em; }
 
 
 def comparison_page(evaluations: Sequence[Named], n_resamples: int = 1000) -> str:
-    """The page for all given evaluations, as HTML.
+    """Builds the page for the given evaluations.
 
-    Tables and quantile plots show the last step of each run and eval set, the history all
-    steps. Without matplotlib the plots are missing and the page says so.
+    Tables and quantile plots show the last step of each run and eval set, the history shows all
+    steps. Without matplotlib the plots are missing, and the page says so.
 
-    Raises ValueError naming run and eval set where a sample is empty or not finite.
+    Args:
+        evaluations: evaluations of one or several runs.
+        n_resamples: number of bootstrap resamples.
+
+    Returns:
+        The page as HTML.
+
+    Raises:
+        ValueError: if a sample is empty or not finite; names run and eval set.
     """
     latest = list(
         {
@@ -218,7 +226,7 @@ def _reading() -> str:
 
 
 def _table(head: Iterable[str], row_names: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; head and row names are text, cells are HTML."""
+    """A table as HTML. Head and row names are text, cells are HTML."""
     header = "".join(f'<th scope="col">{_t(cell)}</th>' for cell in ("evaluation", *head))
     lines = [
         f'<tr><th scope="row">{_t(name)}</th>'

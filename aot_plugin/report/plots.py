@@ -1,7 +1,7 @@
 """Quantile plots, after Figure 1 of the paper (arXiv 2406.05882).
 
-Matplotlib is imported when a plot is drawn (the extra `plot`), and only its object interface with
-the Agg canvas is used: the user's backend and pyplot's figures are left alone.
+Matplotlib (the extra ``plot``) is imported when a plot is drawn. Only its object interface with the
+Agg canvas is used, so the user's backend and pyplot's figures are not affected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-# Dark blue and orange keep apart for the colour-blind and, with their line styles, in grey.
+# Dark blue and orange can be told apart by the colour-blind and, with the line styles, in grey.
 FIRST_STYLE: dict[str, Any] = {"color": "#1f4e9c", "linewidth": 1.8, "linestyle": "-"}
 SECOND_STYLE: dict[str, Any] = {"color": "#d2691e", "linewidth": 1.8, "linestyle": (0, (4, 2))}
 VIOLATION_STYLE: dict[str, Any] = {
@@ -39,7 +39,7 @@ DOMINANCE_STYLE: dict[str, Any] = {"facecolor": "#808080", "alpha": 0.15, "linew
 
 @cache
 def matplotlib_is_here() -> bool:
-    """Whether plots can be drawn; the first time they can't, one log line says what to install."""
+    """Whether plots can be drawn. If not, the first call logs what to install."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -49,18 +49,25 @@ def matplotlib_is_here() -> bool:
 
 
 class Panel(NamedTuple):
-    """Two samples, of shapes (n,) and (m,), the first of which should dominate the second."""
+    """Two samples, the first of which should dominate the second.
+
+    Attributes:
+        first: [n].
+        second: [m].
+        names: names of the samples, in this order.
+        quantity: label of the vertical axis, with its unit.
+        title: title of the panel.
+    """
 
     first: FloatArray
     second: FloatArray
     names: tuple[str, str]
     quantity: str
-    """Label of the vertical axis, with its unit."""
     title: str
 
 
 def rewards_panel(scores: Scores) -> Panel:
-    """Panel (a): the chosen rewards and the rejected ones."""
+    """Panel (a): rewards of chosen and rejected (unpaired: positive and negative) completions."""
     names = ("chosen", "rejected") if scores.is_paired else ("positive", "negative")
     return Panel(
         scores.chosen_rewards,
@@ -72,7 +79,7 @@ def rewards_panel(scores: Scores) -> Panel:
 
 
 def margins_panel(scores: Scores) -> Panel:
-    """Panel (b), paired only: the policy's margins and the reference's."""
+    """Panel (b), paired only: margins under policy and reference."""
     return Panel(
         scores.u,
         scores.v,
@@ -86,9 +93,11 @@ def draw_quantiles(axes: Axes, panel: Panel) -> None:
     """Draws both empirical quantile functions exactly, as steps over the level t.
 
     Where the first lies below the second, so that it doesn't dominate, the area between them is
-    hatched: its size is `violation_amount`. Elsewhere the area is light grey: `dominance_amount`.
+    hatched; its size is ``violation_amount``. Elsewhere the area is light grey; its size is
+    ``dominance_amount``.
 
-    Raises ValueError for an empty or non-finite sample.
+    Raises:
+        ValueError: if a sample is empty or not finite.
     """
     levels, x, y = quantile_curve(panel.first, panel.second)
     first_name, second_name = panel.names
@@ -96,7 +105,8 @@ def draw_quantiles(axes: Axes, panel: Panel) -> None:
     axes.stairs(y, levels, baseline=None, label=second_name, **SECOND_STYLE)
     axes.stairs(x, levels, baseline=None, label=first_name, **FIRST_STYLE)
     axes.set_ylabel(panel.quantity, fontsize=9)
-    # Room for the legend above the curves; as data, so that axes with a common scale share it.
+    # Room for the legend above the curves. It is added as data limits, so that axes with a common
+    # scale share it.
     low, high = min(x[0], y[0]), max(x[-1], y[-1])
     axes.update_datalim([(0.0, high + 0.3 * (high - low))])
     axes.autoscale_view()
@@ -113,9 +123,9 @@ def draw_quantiles(axes: Axes, panel: Panel) -> None:
 
 
 def draw_gap(axes: Axes, panel: Panel) -> None:
-    """Draws the first quantile function minus the second: below 0 is violation, hatched.
+    """Draws the first quantile function minus the second; below 0 is violation, hatched.
 
-    The two curves themselves can lie too close to tell apart where their spread is large.
+    If the spread of the samples is large, the curves themselves are too close to tell apart.
     """
     levels, x, y = quantile_curve(panel.first, panel.second)
     _shade(axes, levels, x - y, np.zeros_like(x))
@@ -129,7 +139,7 @@ def draw_gap(axes: Axes, panel: Panel) -> None:
 def _shade(
     axes: Axes, levels: FloatArray, x: FloatArray, y: FloatArray, label: str | None = None
 ) -> None:
-    # Repeating each value at both ends of its step makes fill_between follow the steps.
+    # Each value is repeated at both ends of its step, so that fill_between follows the steps.
     t, upper, lower = np.repeat(levels, 2)[1:-1], np.repeat(x, 2), np.repeat(y, 2)
     axes.fill_between(t, lower, upper, where=(upper > lower).tolist(), **DOMINANCE_STYLE)
     axes.fill_between(
@@ -144,9 +154,11 @@ def _level_axis(axes: Axes) -> None:
 
 
 def draw_panels(panels: Sequence[Panel], title: str) -> Figure:
-    """A figure with one column a panel: the quantile functions and, below them, their gap.
+    """Draws one column per panel: the quantile functions and, below them, their gap.
 
-    Raises ImportError without matplotlib, ValueError where a sample is empty or not finite.
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if a sample is empty or not finite.
     """
     figure = new_figure(5.2 * len(panels), 5.2)
     axes = figure.subplots(
@@ -160,9 +172,11 @@ def draw_panels(panels: Sequence[Panel], title: str) -> Figure:
 
 
 def quantile_figure(scores: Scores) -> Figure:
-    """The plot of one evaluation: panels (a) and (b) if paired, panel (a) if unpaired.
+    """Draws the plot of one evaluation: panels (a) and (b) if paired, panel (a) if unpaired.
 
-    Raises ImportError without matplotlib, ValueError where a sample is empty or not finite.
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if a sample is empty or not finite.
     """
     panels = [rewards_panel(scores)]
     if scores.is_paired:
@@ -171,12 +185,12 @@ def quantile_figure(scores: Scores) -> Figure:
 
 
 def literal(text: str) -> str:
-    """`text` so that matplotlib doesn't read formulas into it: a name may hold dollar signs."""
+    """Escapes dollar signs in ``text``, which matplotlib would read as formulas."""
     return text.replace("$", r"\$")
 
 
 def describe(scores: Scores) -> str:
-    """One line: eval set, step and numbers of completions."""
+    """Eval set, step and numbers of completions, on one line."""
     if scores.is_paired:
         size = f"n = {len(scores.u)} pairs"
     else:
@@ -185,7 +199,7 @@ def describe(scores: Scores) -> str:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure with the Agg canvas, unknown to pyplot; sizes in inches."""
+    """An empty figure with the Agg canvas, not registered with pyplot. Sizes are in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -195,10 +209,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_quantile_plot(scores: Scores, directory: str | os.PathLike[str]) -> Path | None:
-    """Writes `directory`/quantiles-<eval set>-step<step>.png and returns its path.
+    """Writes the plot to ``directory``/quantiles-<eval set>-step<step>.png.
 
-    Without matplotlib returns None and logs a hint once. Raises ValueError where a sample is empty
-    or not finite.
+    Returns:
+        The path; None without matplotlib, in which case a hint is logged once.
+
+    Raises:
+        ValueError: if a sample is empty or not finite.
     """
     if not matplotlib_is_here():
         return None

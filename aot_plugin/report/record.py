@@ -1,4 +1,4 @@
-"""What the trainer calls after an evaluation."""
+"""Writes the files of one evaluation; called by the trainer."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ LOG = logging.getLogger(__name__)
 
 
 def record_evaluation(scores: Scores, output_dir: str | os.PathLike[str]) -> dict[str, Path]:
-    """Writes one evaluation under `output_dir`/aot and returns what was written where.
+    """Writes one evaluation to ``output_dir``/aot. Call it on the main process only.
 
-    - "scores": scores-<eval set>-step<step>.parquet, always
-    - "summary": dominance-....json, see `summarize`
-    - "plot": quantiles-....png, see `quantile_figure`
+    If summary or plot can't be made (an evaluation set with negatives only, NaN log-probabilities,
+    no matplotlib), this is logged and never ends a training.
 
-    Call it on the main process only. A summary or plot that can't be made (an evaluation set with
-    negatives only, NaN log-probabilities, no matplotlib) is missing from the result and logged;
-    it never ends a training. Raises OSError if the data can't be written.
+    Returns:
+        The paths of what was written, without what could not be made:
+
+        - "scores": scores-<eval set>-step<step>.parquet, always
+        - "summary": dominance-<eval set>-step<step>.json, see ``summarize``
+        - "plot": quantiles-<eval set>-step<step>.png, see ``quantile_figure``
+
+    Raises:
+        OSError: if the data can't be written.
     """
     directory = Path(output_dir) / DIRECTORY
     written = {"scores": scores.save(directory)}
@@ -35,7 +40,7 @@ def record_evaluation(scores: Scores, output_dir: str | os.PathLike[str]) -> dic
     try:
         plot = save_quantile_plot(scores, directory)
     except Exception as error:
-        # A picture is never worth a training, whatever a font or a plotting backend stumbles over.
+        # A failing plot, because of a font or the backend for instance, must not end a training.
         LOG.warning("no plot of %s: %r", written["scores"].name, error)
         return written
     if plot is not None:
@@ -44,6 +49,7 @@ def record_evaluation(scores: Scores, output_dir: str | os.PathLike[str]) -> dic
 
 
 def _resamples_within_seconds(scores: Scores) -> int:
-    """1000, and fewer beyond 20,000 completions: training waits for these intervals."""
+    """Number of bootstrap resamples: 1000, fewer beyond 20,000 completions, since training waits
+    for these intervals."""
     completions = len(scores.chosen_tokens) + len(scores.rejected_tokens)
     return max(100, min(1000, 20_000_000 // max(1, completions)))

@@ -1,4 +1,4 @@
-"""Evaluation rows from a JSON Lines file, with the token ids that training would give them."""
+"""Reads evaluation rows from a JSON Lines file, with the token ids that training gives them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,20 @@ Row = Mapping[str, Any]
 
 
 class Sequence(NamedTuple):
-    """One completion after its prompt, as token ids."""
+    """Token ids of a prompt and of one completion."""
 
     prompt: list[int]
     completion: list[int]
 
 
 def read_rows(path: str | os.PathLike[str]) -> tuple[Mode, list[Row]]:
-    """The rows of a JSON Lines file and their kind, the same for all.
+    """Reads a JSON Lines file.
 
-    Raises ValueError naming file, line and what is missing.
+    Returns:
+        The mode, the same for all rows, and the rows.
+
+    Raises:
+        ValueError: if a line can't be used; names file, line and what is missing.
     """
     rows: list[Row] = []
     modes: set[Mode] = set()
@@ -72,10 +76,10 @@ def _mode_of(row: Row) -> Mode | None:
 
 
 def _labelled(row: Row) -> Row:
-    """The row with the label that its own states in any of the ways that training accepts.
+    """The row with its label as a bool. All forms of labels that training accepts are accepted.
 
     Raises:
-        ValueError: if it states none.
+        ValueError: if the row has no label.
     """
     label = parse_label(row["label"])
     if isinstance(label, Drop):
@@ -93,9 +97,12 @@ def sequences_of(
     """The sequences of a row, chosen before rejected, with the token ids that training gives them.
 
     Args:
-        render: the run's renderer; None takes prompt and completion as the text that they are,
-            with the tokenizer's begin-of-sequence and end-of-sequence tokens.
-        options: what the run's entry says about turns.
+        row: a row from ``read_rows``.
+        mode: its mode.
+        render: the run's renderer. None uses prompt and completion as plain text, with the
+            tokenizer's begin-of-sequence and end-of-sequence tokens.
+        tokenizer: the run's tokenizer.
+        options: options of the run's entry that concern turns.
 
     Raises:
         ValueError: if the row can't be read or rendered.

@@ -1,4 +1,4 @@
-"""What a run's saved training arguments say, without executing the pickle that they are."""
+"""Reads a run's saved training arguments without executing their pickle."""
 
 from __future__ import annotations
 
@@ -14,32 +14,35 @@ ARGUMENTS = "training_args.bin"
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoint folders, by step, the last one last."""
+    """The run's checkpoint folders in the order of their steps."""
     found = [p for p in run.glob("checkpoint-*") if p.name.partition("-")[2].isdecimal()]
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def find_arguments(run: Path) -> tuple[Path | None, list[Path]]:
-    """The training arguments of a saved model or of its latest checkpoint, and where they were
-    looked for."""
+    """Finds the training arguments of a saved model, or else of its latest checkpoint with some.
+
+    Returns:
+        Their path (None if there are none), and the paths that were considered.
+    """
     places = [place / ARGUMENTS for place in [run, *reversed(checkpoints(run))]]
     return next((place for place in places if place.is_file()), None), places
 
 
 def start_adapter(run: Path) -> str | None:
-    """The adapter that the training of ``run`` began with (`lora_model_dir`), the frozen copy of
-    which was its reference; None if it was the base model, or if nothing says it."""
+    """The adapter from which the training of ``run`` started (``lora_model_dir``), a frozen copy of
+    which was its reference; None if that was the base model, or if it is not known."""
     return _saved(run, "aot_start_adapter")
 
 
 def start_digest(run: Path) -> str | None:
-    """``weights_digest`` of that adapter as training began; None if nothing says it."""
+    """``weights_digest`` of that adapter at the start of training; None if it is not known."""
     return _saved(run, "aot_start_digest")
 
 
 def check_start(run: Path, adapter: str) -> None:
-    """Raises ValueError if an adapter is known not to be the one that the training of ``run``
-    began with, whatever it is called."""
+    """Raises ValueError if an adapter's weights are known to differ from those with which the
+    training of ``run`` started, whatever their paths."""
     before, now = start_digest(run), weights_digest(Path(adapter))
     if before and now and before != now:
         raise ValueError(
@@ -50,7 +53,7 @@ def check_start(run: Path, adapter: str) -> None:
 
 
 def weights_digest(adapter: Path) -> str:
-    """SHA-256 of an adapter's weights; "" if there is no such folder (a repository on the hub)."""
+    """SHA-256 of an adapter's weights; "" if they are not in a local folder (but on the hub)."""
     paths = [adapter / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     path = next((path for path in paths if path.is_file()), None)
     return "" if path is None else file_digest(path)
@@ -64,9 +67,12 @@ def _saved(run: Path, wanted: str) -> str | None:
 
 
 def saved_items(path: Path) -> Iterator[tuple[str, float | str]]:
-    """Every string that a number or a string follows in the pickle of a file by torch.save.
+    """Yields names and values from the pickle in a file written by ``torch.save``.
 
-    Its opcodes are read; nothing in it is executed.
+    The opcodes are read; nothing is executed.
+
+    Yields:
+        Every string that is followed by a number or a string, and that number or string.
     """
     with zipfile.ZipFile(path) as archive:
         [member] = [name for name in archive.namelist() if name.endswith("data.pkl")]
@@ -76,7 +82,8 @@ def saved_items(path: Path) -> Iterator[tuple[str, float | str]]:
     last: Any = None
     value: Any
     for opcode, value, _ in pickletools.genops(pickled):
-        # Bookkeeping between a key and its value, or a string that stood there before.
+        # Between a key and its value there may be opcodes for the memo, which hold no value; either
+        # may also be a reference to an earlier string.
         if opcode.name in ("BINPUT", "LONG_BINPUT"):
             memo[value] = last
             continue

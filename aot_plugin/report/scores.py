@@ -1,4 +1,4 @@
-"""The data of one evaluation: what the trainer writes down and everything else is computed from."""
+"""The data of one evaluation, which the trainer saves and all statistics are computed from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..ot.coupling import FloatArray
 Mode = Literal["paired", "unpaired"]
 
 DIRECTORY = "aot"
-"""Where a run's evaluations lie, under its output directory."""
+"""Subdirectory of a run's output directory that holds its evaluations."""
 
 COLUMNS: dict[str, dict[str, type]] = {
     "paired": {
@@ -45,21 +45,26 @@ _FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Log-probabilities of one evaluation set under policy and reference. Build it with
-    `Scores.paired` or `Scores.unpaired`.
+    """Log-probabilities of one evaluation set under policy and reference.
+
+    Use ``Scores.paired`` or ``Scores.unpaired`` to create an instance.
 
     All log-probabilities are of whole completions, in nats: log pi(completion | prompt) summed
     over completion tokens. Non-finite values can be stored; the statistics refuse them.
+
+    Attributes:
+        mode: "paired" or "unpaired".
+        beta: reward = beta * log-ratio.
+        step: optimizer step at which the model was evaluated.
+        eval_set: name of the evaluation set.
+        columns: arrays [n], one for each name in ``COLUMNS[mode]``; read-only copies.
     """
 
     mode: Mode
     beta: float
-    """reward = beta * logratio."""
     step: int
-    """Optimizer step at which the model was evaluated."""
     eval_set: str
     columns: Mapping[str, NDArray[Any]]
-    """Arrays of shape (n,), one a name in COLUMNS[mode]; read-only copies."""
 
     def __post_init__(self) -> None:
         if self.mode not in COLUMNS:
@@ -94,10 +99,16 @@ class Scores:
         chosen_tokens: ArrayLike,
         rejected_tokens: ArrayLike,
     ) -> Scores:
-        """Pairs of completions of one prompt each; every column has shape (n,).
+        """Scores of n pairs of completions, each pair with one prompt.
 
-        `*_logps` are the policy's log-probabilities, `ref_*` the reference's, `*_tokens` numbers of
-        completion tokens. Raises ValueError for columns of unequal length.
+        Args:
+            beta, step, eval_set: see the class.
+            chosen_logps, rejected_logps: the policy's log-probabilities, [n].
+            ref_chosen_logps, ref_rejected_logps: the reference's, [n].
+            chosen_tokens, rejected_tokens: numbers of completion tokens, [n].
+
+        Raises:
+            ValueError: if columns have different lengths.
         """
         columns: dict[str, Any] = {
             "chosen_logps": chosen_logps,
@@ -121,9 +132,17 @@ class Scores:
         label: ArrayLike,
         tokens: ArrayLike,
     ) -> Scores:
-        """Single completions, label True for desired ones; every column has shape (n,).
+        """Scores of n single completions.
 
-        Raises ValueError for columns of unequal length.
+        Args:
+            beta, step, eval_set: see the class.
+            logps: the policy's log-probabilities, [n].
+            ref_logps: the reference's, [n].
+            label: True for positive completions, [n].
+            tokens: numbers of completion tokens, [n].
+
+        Raises:
+            ValueError: if columns have different lengths.
         """
         columns: dict[str, Any] = {
             "logps": logps,
@@ -139,14 +158,14 @@ class Scores:
 
     @property
     def chosen_logratios(self) -> FloatArray:
-        """log(pi/pi_ref) of chosen completions (unpaired: of positives), nats."""
+        """log(pi/pi_ref) of chosen completions (unpaired: of positives), in nats."""
         if self.is_paired:
             return self.columns["chosen_logps"] - self.columns["ref_chosen_logps"]
         return self._logratios[self.columns["label"]]
 
     @property
     def rejected_logratios(self) -> FloatArray:
-        """log(pi/pi_ref) of rejected completions (unpaired: of negatives), nats."""
+        """log(pi/pi_ref) of rejected completions (unpaired: of negatives), in nats."""
         if self.is_paired:
             return self.columns["rejected_logps"] - self.columns["ref_rejected_logps"]
         return self._logratios[~self.columns["label"]]
@@ -157,34 +176,34 @@ class Scores:
 
     @property
     def chosen_rewards(self) -> FloatArray:
-        """beta * chosen_logratios, nats."""
+        """beta * chosen_logratios, in nats."""
         return self.beta * self.chosen_logratios
 
     @property
     def rejected_rewards(self) -> FloatArray:
-        """beta * rejected_logratios, nats."""
+        """beta * rejected_logratios, in nats."""
         return self.beta * self.rejected_logratios
 
     @property
     def chosen_tokens(self) -> NDArray[np.int64]:
-        """Completion tokens of chosen completions (unpaired: of positives)."""
+        """Numbers of tokens of chosen completions (unpaired: of positives)."""
         if self.is_paired:
             return self.columns["chosen_tokens"]
         return self.columns["tokens"][self.columns["label"]]
 
     @property
     def rejected_tokens(self) -> NDArray[np.int64]:
-        """Completion tokens of rejected completions (unpaired: of negatives)."""
+        """Numbers of tokens of rejected completions (unpaired: of negatives)."""
         if self.is_paired:
             return self.columns["rejected_tokens"]
         return self.columns["tokens"][~self.columns["label"]]
 
     @property
     def u(self) -> FloatArray:
-        """The sample that AOT wants to dominate, nats.
+        """The sample that should dominate, in nats.
 
-        Paired: the policy's margins log pi(chosen) - log pi(rejected), shape (n,). Unpaired: the
-        positives' logratios.
+        Paired: the policy's margins log pi(chosen) - log pi(rejected), [n]. Unpaired: the
+        log-ratios of positives.
         """
         if self.is_paired:
             return self.columns["chosen_logps"] - self.columns["rejected_logps"]
@@ -192,9 +211,9 @@ class Scores:
 
     @property
     def v(self) -> FloatArray:
-        """The sample that `u` should dominate, nats.
+        """The sample that ``u`` should dominate, in nats.
 
-        Paired: the reference's margins, shape (n,). Unpaired: the negatives' logratios.
+        Paired: the reference's margins, [n]. Unpaired: the log-ratios of negatives.
         """
         if self.is_paired:
             return self.columns["ref_chosen_logps"] - self.columns["ref_rejected_logps"]
@@ -202,13 +221,16 @@ class Scores:
 
     @property
     def stem(self) -> str:
-        """`<eval set>-step<step>`, safe as part of a file name and different for every eval set."""
+        """<eval set>-step<step>, safe as part of a file name and different for every eval set."""
         return f"{_file_name_part(self.eval_set)}-step{self.step}"
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes `directory`/scores-<eval set>-step<step>.parquet and returns its path.
+        """Writes ``directory``/scores-<eval set>-step<step>.parquet.
 
-        The file appears whole or not at all; an older one of the same name is replaced.
+        The write is atomic. An older file of the same name is replaced.
+
+        Returns:
+            The path of the file.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -229,7 +251,11 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Reads what `save` wrote. Raises ValueError for a Parquet file of other origin."""
+        """Reads a file that ``save`` wrote.
+
+        Raises:
+            ValueError: if the Parquet file has another origin.
+        """
         import pyarrow.parquet as pq
 
         table = pq.read_table(os.fspath(path))
@@ -244,9 +270,10 @@ class Scores:
 
 
 def load_run(output_dir: str | os.PathLike[str]) -> list[Scores]:
-    """All evaluations under `output_dir`/aot, by step and then by eval set; [] if there are none.
+    """Loads all evaluations in ``output_dir``/aot, sorted by step and eval set.
 
-    Raises ValueError for a scores file that isn't ours.
+    Raises:
+        ValueError: if a scores file was not written by ``Scores.save``.
     """
     paths = (Path(output_dir) / DIRECTORY).glob("scores-*.parquet")
     return sorted(map(Scores.load, paths), key=lambda scores: (scores.step, scores.eval_set))
@@ -256,14 +283,15 @@ def _file_name_part(name: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".")[:80]
     if plain == name and name:
         return name
-    # Different names must not fall together where what sets them apart was replaced or cut.
+    # Names that differ only in what was replaced or cut off must stay different.
     return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
 
 
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Calls `write` with a temporary file beside `path`, then moves it there in one step.
+    """Calls ``write`` with the name of a temporary file, then renames it to ``path`` atomically.
 
-    The folder is made if needed. If `write` raises, `path` is untouched and nothing is left over.
+    The folder is created if needed. If ``write`` raises an error, ``path`` is unchanged and no file
+    is left over.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,8 +1,8 @@
-"""Scores of a saved model on given rows, under the policy and under its reference.
+"""Scores given rows with a saved model, under the policy and under its reference.
 
-This makes any output directory comparable, also those of the host's `rl: dpo`, `ipo` and `kto`,
-which hold no evaluation data of ours. torch, transformers and peft are imported when a model is
-loaded.
+So any output directory can be compared, including those of the host's ``rl: dpo``, ``ipo`` and
+``kto``, which contain no evaluations of ours. torch, transformers and peft are imported when a
+model is loaded.
 """
 
 from __future__ import annotations
@@ -36,14 +36,19 @@ LOG = logging.getLogger(__name__)
 
 
 class Policy(NamedTuple):
-    """A loaded model with its reference."""
+    """A loaded model with its reference.
+
+    Attributes:
+        model: the policy.
+        reference: the reference model; the same object as ``model`` if an adapter was trained.
+        tokenizer: the run's tokenizer.
+        as_reference: context in which ``reference`` computes the reference's log-probabilities.
+    """
 
     model: Any
     reference: Any
-    """The same model, if its adapter is what was trained."""
     tokenizer: Any
     as_reference: Callable[[], contextlib.AbstractContextManager[Any]]
-    """While it is entered, `reference` computes the reference's log-probabilities."""
 
 
 def score_run(
@@ -58,19 +63,28 @@ def score_run(
     batch_tokens: int = 8192,
     max_tokens: int | None = None,
 ) -> Scores:
-    """Log-probabilities of every completion in `eval_data` under the model saved in `run`.
+    """Log-probabilities of every completion in ``eval_data`` under a saved model and its reference.
 
-    `run` holds a LoRA adapter (the reference is then the base model, `base_model` or what
-    adapter_config.json names, with the adapter disabled, or exchanged for the one that training
-    began with) or a full model (then `reference` is needed), itself or in its latest checkpoint.
-    `beta` defaults to that of the run's training arguments. Rows are as in `read_rows`, and become
-    the tokens that they would in the run's training (`data.render`; the chat template and its keys
-    are those that the run used, or the tokenizer's where the run was not `rl: aot`).
-    Log-probabilities are computed in float32 from logits in the model's `dtype` ("auto": as saved).
-    A batch holds at most `batch_tokens` tokens, padding included, or one sequence. Rows with a
-    sequence beyond `max_tokens` tokens are left out and counted in the log.
+    Rows become the same tokens as in the run's training (``data.render``), with the chat template
+    and the keys that the run used, or the tokenizer's template if the run was not ``rl: aot``.
+    Log-probabilities are computed in float32 from logits in the model's dtype.
 
-    Raises ValueError or FileNotFoundError naming what was looked for and where.
+    Args:
+        run: output directory that holds a LoRA adapter or a full model, itself or in its latest
+            checkpoint. The reference of an adapter is the base model with the adapter disabled, or
+            replaced by the adapter from which training started.
+        eval_data: JSON Lines file, see ``read_rows``.
+        base_model: base model of an adapter; default: named by adapter_config.json.
+        reference: reference of a full model, which needs one.
+        beta: default: from the run's training arguments.
+        plain: True to use prompt and completion as plain text, without a chat template.
+        dtype: dtype of the model's weights; "auto": as saved.
+        batch_tokens: maximum number of tokens of a batch, including padding; a longer sequence is
+            a batch of its own.
+        max_tokens: rows with a longer sequence are left out and counted in the log.
+
+    Raises:
+        ValueError, FileNotFoundError: naming what was looked for and where.
     """
     run = Path(run)
     saved = find_model(run)
@@ -125,10 +139,15 @@ def score_run(
 def run_renderer(
     run: Path, tokenizer: Any, plain: bool = False
 ) -> tuple[Renderer | None, ConversationOptions]:
-    """What renders rows as the run's training did (None for plain text), and what its entry says
-    about turns.
+    """The renderer of a run's training and the options of its entry that concern turns.
 
-    Raises ValueError if neither the run nor its tokenizer says by which chat template.
+    Args:
+        run: the run's output directory.
+        tokenizer: the run's tokenizer.
+        plain: True for rows of plain text, which have no renderer (None).
+
+    Raises:
+        ValueError: if neither the run nor its tokenizer has a chat template.
     """
     cfg = read_rendering(run) or {}
     options = ConversationOptions(**cfg.get("options", {}))
@@ -140,9 +159,10 @@ def run_renderer(
 
 
 def find_model(run: Path) -> Path:
-    """`run`, or its latest checkpoint, whichever holds a model first.
+    """``run`` if it holds a model, otherwise its latest checkpoint that does.
 
-    Raises FileNotFoundError naming what was looked for.
+    Raises:
+        FileNotFoundError: if there is no model; names what was looked for.
     """
     places = [run, *reversed(checkpoints(run))]
     for place in places:
@@ -155,8 +175,8 @@ def find_model(run: Path) -> Path:
 
 
 def read_step(saved: Path) -> int:
-    """The optimizer step of a saved model, from its or its latest checkpoint's trainer state; 0 if
-    nothing says it."""
+    """The optimizer step of a saved model, read from its trainer state or that of its latest
+    checkpoint; 0 if there is none."""
     for place in [saved, *reversed(checkpoints(saved))]:
         state = place / "trainer_state.json"
         if state.is_file():
@@ -167,9 +187,11 @@ def read_step(saved: Path) -> int:
 def read_beta(run: Path) -> float:
     """The run's beta, from the training arguments that the Trainer saved.
 
-    These are a pickle; its opcodes are read and nothing in it is executed.
+    The arguments are a pickle. Its opcodes are read; nothing is executed.
 
-    Raises FileNotFoundError or ValueError if there are none or they hold no number `beta`.
+    Raises:
+        FileNotFoundError: if there are no training arguments.
+        ValueError: if they contain no number ``beta``.
     """
     found, places = find_arguments(run)
     if found is None:
@@ -184,10 +206,17 @@ def read_beta(run: Path) -> float:
 
 
 def load_policy(saved: Path, base_model: str | None, reference: str | None, dtype: str) -> Policy:
-    """Loads the model in `saved` and its reference, on the GPU if there is one.
+    """Loads a saved model and its reference, on the GPU if there is one.
 
-    Raises ValueError if a full model comes without a reference, FileNotFoundError or OSError where
-    a model can't be found.
+    Args:
+        saved: folder with an adapter or a full model.
+        base_model: base model of an adapter; default: named by adapter_config.json.
+        reference: reference of a full model.
+        dtype: dtype of the weights; "auto": as saved.
+
+    Raises:
+        ValueError: if a full model has no ``reference``.
+        FileNotFoundError, OSError: if a model can't be found.
     """
     adapter_config = saved / "adapter_config.json"
     if adapter_config.is_file():
@@ -213,7 +242,7 @@ def load_policy(saved: Path, base_model: str | None, reference: str | None, dtyp
 def _load_start(
     model: Any, start: str, saved: Path
 ) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Loads the adapter that training began with; enters and leaves it."""
+    """Loads the adapter from which training started; returns a context in which it is active."""
     check_start(saved, start)
     try:
         model.load_adapter(start, "start")
@@ -240,7 +269,7 @@ def _load_model(name: str, dtype: str, named_by: object) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        # The user's own model, by the name that the host was given.
+        # The user's own model, by the name given to the host.
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)  # nosec B615
     except OSError as error:
         raise FileNotFoundError(
@@ -258,8 +287,14 @@ def _load_tokenizer(saved: Path, otherwise: str) -> Any:
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first (so that memory runs out at once or
-    never); a batch's longest length times its size is at most `batch_tokens`, unless it is one."""
+    """Groups indices into batches of similar length, longest first.
+
+    Starting with the longest, memory runs out in the first batch or never.
+
+    Args:
+        lengths: number of tokens of each sequence.
+        batch_tokens: limit of a batch's size times its longest length, unless the size is 1.
+    """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
@@ -272,7 +307,7 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[in
 def _logps(
     model: Any, sequences: Sequence[TokenSequence], batch_tokens: int, description: str
 ) -> FloatArray:
-    """log pi(completion | prompt) of each sequence, shape (n,), nats, summed in float32."""
+    """log pi(completion | prompt) of each sequence, [n], in nats, summed in float32."""
     import torch
     from tqdm import tqdm
 
@@ -291,7 +326,8 @@ def _logps(
 
 
 def _padded(sequences: Sequence[TokenSequence], device: Any) -> dict[str, Any]:
-    """`input_ids`, `attention_mask`, `completion_mask`, each [rows, width] int64, padded right."""
+    """``input_ids``, ``attention_mask`` and ``completion_mask``, each [rows, width] int64, padded
+    on the right."""
     import torch
 
     width = max(len(s.prompt) + len(s.completion) for s in sequences)

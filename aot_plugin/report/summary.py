@@ -1,4 +1,4 @@
-"""The numbers of one evaluation: dominance with intervals and tests, accuracy, rewards, lengths."""
+"""The statistics of one evaluation: dominance with intervals and tests, accuracy, length bias."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..ot.order_tests import almost_dominance, dominance_test
 from .scores import Scores, write_atomically
 
 LEVEL = 0.95
-"""Level of every interval in a summary."""
+"""Confidence level of every interval in a summary."""
 
 
 class _Options(TypedDict):
@@ -33,24 +33,33 @@ class _Options(TypedDict):
 
 
 def summarize(scores: Scores, n_resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """All numbers of one evaluation, as plain JSON values (null where a number isn't defined).
+    """Computes all statistics of one evaluation.
 
-    - `mode`, `beta`, `step`, `eval_set`, `n_chosen`, `n_rejected`, `level`, `n_resamples`
-    - `margins`: what AOT's loss compares, u against v (`Scores.u`, `Scores.v`), and `rewards`:
-      the chosen rewards against the rejected ones; each holds
-      `statistics` (see `dominance_statistics`; nats), `intervals` of the same keys,
-      `test` (see `dominance_test`; H0: the first sample dominates),
-      `violation_ratio` and its `violation_ratio_upper` limit (see `almost_dominance`),
-      `first_mean`, `second_mean`
-    - `accuracy` and `accuracy_interval`: the probability that a chosen reward exceeds a rejected
-      one, ties counting one half: within the pairs, or over all pairs of a positive with a
-      negative (Mann and Whitney's U / (n m)), with its bootstrap interval
-    - `recoupled_fraction`: paired only, the share of rows whose v of equal rank belongs to
-      another row (0: AOT's loss on these rows is the pairwise one)
-    - `length`: `length_bias` of the chosen and of the rejected completions, apart, so that a
-      difference in length *between* them isn't taken for a bias within
+    Args:
+        scores: the evaluation.
+        n_resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap and the tests.
 
-    Raises ValueError naming what is empty ("chosen rewards", ...) or not finite.
+    Returns:
+        Plain JSON values, None where a number isn't defined:
+
+        - ``mode``, ``beta``, ``step``, ``eval_set``, ``n_chosen``, ``n_rejected``, ``level``,
+          ``n_resamples``
+        - ``margins``: the comparison in AOT's loss, u with v (``Scores.u``, ``Scores.v``), and
+          ``rewards``: that of chosen with rejected rewards. Each contains ``statistics`` (see
+          ``dominance_statistics``; nats), ``intervals`` with the same keys, ``test`` (see
+          ``dominance_test``; H0: the first sample dominates), ``violation_ratio`` and its limit
+          ``violation_ratio_upper`` (see ``almost_dominance``), ``first_mean`` and ``second_mean``
+        - ``accuracy``, ``accuracy_interval``: probability that a chosen reward exceeds a rejected
+          one, with ties counted as one half, and its bootstrap interval. Paired: within the pairs.
+          Unpaired: over all pairs of a positive with a negative (Mann and Whitney's U / (n m))
+        - ``recoupled_fraction``: paired only, the share of rows whose u is compared with the v of
+          another row, by rank (0: AOT's loss on these rows is the pairwise one)
+        - ``length``: ``length_bias`` of chosen and of rejected completions separately, so that a
+          difference in length *between* them isn't mistaken for a bias within
+
+    Raises:
+        ValueError: if a sample is empty or not finite; names it ("chosen rewards", ...).
     """
     chosen = as_sample(scores.chosen_rewards, "chosen rewards")
     rejected = as_sample(scores.rejected_rewards, "rejected rewards")
@@ -81,7 +90,7 @@ def summarize(scores: Scores, n_resamples: int = 1000, seed: int = 0) -> dict[st
 def save_summary(
     summary: dict[str, Any], scores: Scores, directory: str | os.PathLike[str]
 ) -> Path:
-    """Writes `directory`/dominance-<eval set>-step<step>.json and returns its path."""
+    """Writes ``directory``/dominance-<eval set>-step<step>.json and returns its path."""
     path = Path(directory) / f"dominance-{scores.stem}.json"
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: Path(file).write_text(text, encoding="utf-8"))
@@ -91,10 +100,18 @@ def save_summary(
 def accuracy(
     chosen: FloatArray, rejected: FloatArray, paired: bool, n_resamples: int, seed: int
 ) -> tuple[float, tuple[float, float]]:
-    """P(chosen > rejected) + P(chosen = rejected)/2, with its percentile bootstrap interval.
+    """P(chosen > rejected) + P(chosen = rejected) / 2, with its percentile bootstrap interval.
 
-    paired: over the rows of chosen (n,) and rejected (n,). Otherwise over all n m pairs, which is
-    the area under the ROC curve; computed from ranks (Mann and Whitney 1947).
+    Args:
+        chosen: rewards, [n].
+        rejected: rewards, [m]; m = n if paired.
+        paired: True to compare row by row. False to compare all n m pairs, which gives the area
+            under the ROC curve; it is computed from ranks (Mann and Whitney 1947).
+        n_resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
+
+    Returns:
+        The probability, and its interval as (low, high).
     """
     blocks = resampled_indices(chosen.size, rejected.size, paired, n_resamples, seed)
     if paired:
@@ -117,17 +134,22 @@ def _mann_whitney(x: FloatArray, y: FloatArray) -> FloatArray:
 
 
 def length_bias(rewards: FloatArray, tokens: NDArray[np.int64]) -> dict[str, Any]:
-    """How far the reward (n,) of a completion follows its number of tokens (n,).
+    """Measures how the reward of a completion depends on its length.
 
-    - `spearman`: rank correlation; NaN where all rewards or all lengths are equal
-    - `quartiles`: for each quarter of the lengths `tokens_from`, `tokens_to`, `n` and
-      `mean_reward`. A length belongs to one quarter only, so where many completions share a length
-      quarters are of unequal size and an empty one is left out.
+    Args:
+        rewards: [n].
+        tokens: numbers of completion tokens, [n].
+
+    Returns:
+        - ``spearman``: rank correlation; NaN if all rewards or all lengths are equal
+        - ``quartiles``: ``tokens_from``, ``tokens_to``, ``n`` and ``mean_reward`` for each quarter
+          of the lengths. A length belongs to one quarter only, so if many completions share a
+          length, quarters differ in size and an empty one is left out
     """
     from scipy.stats import spearmanr
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # constant input, where it is NaN
+        warnings.simplefilter("ignore")  # SciPy warns of constant input, for which it returns NaN
         spearman = float(spearmanr(rewards, tokens).statistic)
     edges = np.quantile(tokens, [0.25, 0.5, 0.75], method="inverted_cdf")
     quarter = np.searchsorted(edges, tokens, side="left")
@@ -161,7 +183,7 @@ def _comparison(
 
 
 def _plain(value: Any) -> Any:
-    """`value` with NaN as None: JSON has no NaN."""
+    """``value`` with None in place of non-finite numbers, which JSON doesn't have."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
