@@ -1,7 +1,7 @@
 """AOT (Alignment via Optimal Transport, arXiv 2406.05882) for Axolotl: ``rl: aot`` in the YAML.
 
-This module is imported in every run of everyone who has the package installed, so it stays light;
-all else is imported when it is used.
+The host imports this module in every run, whatever its ``rl``, if the package is installed. So the
+module is light; everything else is imported on use.
 """
 
 from typing import Any

@@ -1,5 +1,7 @@
-"""`python -m aot_plugin COMMAND`: tools around a training. What a command needs is imported when
-it runs."""
+"""Command-line tools for training runs: `python -m aot_plugin COMMAND`.
+
+Modules are imported only by the command that needs them.
+"""
 
 import argparse
 import sys

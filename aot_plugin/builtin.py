@@ -1,5 +1,8 @@
-"""What comes with the project, registered as any other package's: by an entry point of the group
-``aot_plugin`` that names this module."""
+"""The built-in penalties, losses and prompt strategies.
+
+They are registered like those of any other package: by an entry point of the group ``aot_plugin``
+that names this module.
+"""
 
 from collections.abc import Mapping
 

@@ -1,6 +1,6 @@
-"""The YAML surface: the options, what is refused, and the translation into the host's own keys.
+"""The YAML interface: options, checks, and the translation into the host's own keys.
 
-Light on purpose: the host imports this module in every run, to merge ``AOTInputArgs`` into its
+This module is light, since the host imports it in every run to merge ``AOTInputArgs`` into its
 schema and ``AOTTrainingArgs`` into its training arguments.
 """
 
@@ -18,13 +18,16 @@ from .host.adapter_keys import adapter_updates, start_adapter
 PAIRED_TRAINER = "aot_plugin.trainer.AOTPairedTrainer"
 UNPAIRED_TRAINER = "aot_plugin.trainer.AOTUnpairedTrainer"
 DEFAULT_BETA = 0.01
-"""rl_beta when the YAML names none: the value of the paper's experiments."""
+"""``rl_beta`` if the YAML has none: the value of the paper's experiments."""
 
 
 class AOTInputArgs(BaseModel):
-    """The ``aot_*`` keys of the YAML. The host merges this class into its config schema, so every
-    default is None there (a run with another ``rl`` validates to the same config as without the
-    plugin); ``desugar`` writes the effective values."""
+    """The ``aot_*`` keys of the YAML.
+
+    The host merges this class into its config schema. Every default is None, so that a run with
+    another ``rl`` validates to the same config as without the plugin; ``desugar`` sets the
+    effective values.
+    """
 
     aot_mode: Literal["paired", "unpaired"] | None = Field(
         default=None,
@@ -110,7 +113,13 @@ class AOTOptions:
 
 @dataclass
 class AOTTrainingArgs(AOTOptions):
-    """The same as training arguments (merged by the host into its own classes)."""
+    """The options as training arguments, which the host merges into its own classes.
+
+    Attributes:
+        aot_reference_folder: folder of cached reference log-probabilities.
+        aot_start_adapter: the adapter from which training starts (``lora_model_dir``); "" if none.
+        aot_start_digest: SHA-256 of that adapter's weights; "" if not known.
+    """
 
     aot_reference_folder: str = ""
     aot_start_adapter: str = ""
@@ -125,16 +134,19 @@ _PARALLEL = ("context_parallel_size", "sequence_parallel_degree", "tensor_parall
 
 
 def is_desugared(cfg: Mapping[str, Any]) -> bool:
-    """Whether ``desugar`` has been applied to this config already."""
+    """Whether ``desugar`` has already been applied to this config."""
     return cfg.get("trainer_cls") in (PAIRED_TRAINER, UNPAIRED_TRAINER)
 
 
 def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The host-native keys that a raw config with ``rl: aot`` stands for.
+    """Checks a raw config with ``rl: aot`` and translates it into the host's own keys.
 
-    paired becomes ``rl: dpo``, unpaired ``rl: kto``, both with a ``trainer_cls`` of ours, so that
-    data, adapters, reference model and validation are the host's own. A config with another
-    ``rl``, or one that is desugared already, needs no change: the result is empty.
+    ``aot_mode: paired`` becomes ``rl: dpo``, ``unpaired`` becomes ``rl: kto``, both with a
+    ``trainer_cls`` of ours. So data, adapters, reference model and validation are the host's own.
+
+    Returns:
+        The keys to set. Empty for a config with another ``rl``; only keys of the adapter for a
+        config that is desugared already.
 
     Raises:
         ValueError: naming the key, what is wrong with it, and what to write instead.
@@ -152,7 +164,7 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(rl, str) and rl.lower().startswith("aot"):
             mode = "unpaired" if "unpaired" in rl.lower() else "paired"
             raise ValueError(f"`rl: {rl}` is not known; write `rl: aot` and `aot_mode: {mode}`")
-        # The host's inference command takes `rl` out of the training config that it is given.
+        # The host's inference command removes `rl` from the training config that it is given.
         if written and not cfg.get("inference"):
             raise ValueError(
                 f"`{next(iter(written))}` is an option of `rl: aot`, but the config says "
@@ -193,7 +205,7 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments for the host's training-arguments class, from a validated config."""
+    """Keyword arguments for the host's training-arguments class, from a validated config."""
     from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 
     from .host.keys import FORWARDED
@@ -207,16 +219,16 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
         kwargs["train_sampling_strategy"] = "sequential"
     prepared = cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH
     kwargs["aot_reference_folder"] = str(Path(prepared) / "aot_reference")
-    # The host has a collator for it, in paired mode alone, that TRL's rows do not fit.
+    # In paired mode the host has a collator of its own for it, which does not fit TRL's rows.
     kwargs["pad_to_multiple_of"] = cfg.get("pad_to_multiple_of")
     if start := start_adapter(cfg):
         kwargs |= {"aot_start_adapter": start, "aot_start_digest": weights_digest(Path(start))}
     if cfg["aot_mode"] == "unpaired":
-        # A TRL loss type that needs no KL term spares the KTO trainer a forward pass that our
-        # loss would not look at.
+        # With a TRL loss type without KL term, the KTO trainer skips a forward pass whose result
+        # our loss does not use.
         kwargs["loss_type"] = "apo_zero_unpaired"
-        # TRL's KTO takes rows in order, for its KL term. In order they stay only if the host's key
-        # says so; otherwise the trainer's sampler gives both labels to each step.
+        # TRL's KTO takes rows in order, for its KL term. Here they stay in order only if the host's
+        # key says so; otherwise the trainer's sampler gives both labels to each step.
         kwargs.setdefault("train_sampling_strategy", "random")
         # The host sets these two for DPO only. TRL's own default would cut rows at 1024 tokens.
         kwargs["max_length"] = cfg.get("sequence_len")
@@ -225,11 +237,11 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def misspelt(key: str) -> str | None:
-    """The option of ours that a key without the prefix ``aot_`` was meant to be."""
+    """The option of ours that a key without the prefix ``aot_`` is probably meant to be, if any."""
     if key.startswith("aot_"):
-        return None  # refused as an unknown option, with the list of the known ones
+        return None  # refused as an unknown option, with a list of the known ones
     names = [name for name in AOTInputArgs.model_fields if name != "aot_datasets"]
-    # A short key may have one slip, a long one two or three.
+    # This cutoff allows one wrong letter in a short key, two or three in a long one.
     close = difflib.get_close_matches(key.lower().replace("-", "_"), names, n=1, cutoff=0.8)
     return close[0] if close else None
 
@@ -239,7 +251,7 @@ def _check_keys(cfg: Mapping[str, Any]) -> None:
 
     if not isinstance(cfg.get("trl"), Mapping | None):
         raise ValueError(f"`trl: {cfg['trl']}` is wrong: it holds keys of its own")
-    # The host drops keys that it doesn't know without a word.
+    # The host silently drops keys that it doesn't know.
     for key in cfg:
         if not isinstance(key, str):
             raise ValueError(f"`{key}` is not a key: the keys of a config are strings")
@@ -260,8 +272,8 @@ def _check_entries(cfg: Mapping[str, Any]) -> None:
 
 
 def _check_desugared(cfg: Mapping[str, Any]) -> None:
-    # What the host writes beside a checkpoint is desugared, with all options; `trainer_cls` by a
-    # user's hand is not.
+    # The config that the host saves with a checkpoint is desugared and has all options. They are
+    # missing if a user has written `trainer_cls`.
     missing = [key for key in ("aot_mode", *vars(AOTOptions())) if cfg.get(key) is None]
     if missing:
         raise ValueError(
@@ -330,7 +342,7 @@ def _check_evaluation(cfg: Mapping[str, Any]) -> None:
 
 
 def _order(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows stay in their order if the host's key says so; several entries, one after the other."""
+    """Keeps rows in their order if the host's key says so, and entries one after the other."""
     if not cfg.get("curriculum_sampling"):
         return {}
     shuffle = cfg.get("shuffle_merged_datasets")
@@ -347,7 +359,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number as the host reads it; YAML 1.1 takes `1e-2` for a string."""
+    """The finite number that the host reads, or None. YAML 1.1 reads `1e-2` as a string."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,4 +1,4 @@
-"""SHA-256 of files and of descriptions, by which what was made of them is found again."""
+"""SHA-256 of files and of descriptions, which identify what was computed from them."""
 
 import hashlib
 import json
@@ -13,14 +13,14 @@ def file_digest(path: Path) -> str:
 
 
 def digest(description: Any) -> str:
-    """SHA-256 of what JSON can hold, 64 hexadecimal digits; anything else counts as its text."""
+    """SHA-256 of a JSON value, 64 hexadecimal digits; other objects are converted to text."""
     text = json.dumps(_plain(description), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
-    """In an order that every process agrees on: that of a set differs from run to run, and keys of
-    several types have none."""
+    """Makes the order the same in every process: that of a set differs from run to run, and keys of
+    different types can't be sorted."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):

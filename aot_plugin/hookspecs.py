@@ -27,9 +27,9 @@ hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
 
 @hookspec
 def aot_penalties() -> "Mapping[str, Penalty]":  # type: ignore[empty-body]
-    """Penalties h by the name that ``aot_penalty`` takes.
+    """Penalties h by their names in ``aot_penalty``.
 
-    ``penalty(z, beta) -> h(z)``: z = u - v is a float64 tensor of any shape (nats), h is
+    ``penalty(z, beta) -> h(z)``: z = u - v is a float64 tensor of any shape (nats). h is
     elementwise, differentiable by autograd, and convex in z (otherwise sorting does not solve the
     transport problem).
     """
@@ -37,20 +37,20 @@ def aot_penalties() -> "Mapping[str, Penalty]":  # type: ignore[empty-body]
 
 @hookspec
 def aot_losses() -> "Mapping[str, StepLoss]":  # type: ignore[empty-body]
-    """Whole losses by the name that ``aot_loss`` takes.
+    """Whole losses by their names in ``aot_loss``.
 
     ``loss(step, options) -> scalar``: ``step`` holds the log-probabilities of every sequence of
     the optimizer step, over all micro-batches and ranks (``losses.PairedLogps`` or
-    ``losses.UnpairedLogps``, float64); ``options`` the resolved penalty, beta and sort. The trainer
-    differentiates it by autograd with respect to the policy's log-probabilities.
+    ``losses.UnpairedLogps``, float64); ``options`` holds the resolved penalty, beta and sort. The
+    trainer differentiates the loss by autograd with respect to the policy's log-probabilities.
     """
 
 
 @hookspec
 def aot_prompt_strategies() -> "Mapping[str, PromptStrategy]":  # type: ignore[empty-body]
-    """Prompt strategies for unpaired rows by the name that a data set's ``type:`` takes.
+    """Prompt strategies for unpaired rows by their names in ``type:`` of a ``datasets:`` entry.
 
     ``strategy.examples(row, options)`` yields an ``Example`` (prompt turns, completion turn, label)
-    for every response that a row holds; ``strategy.options`` is the pydantic class of the keys that
-    the ``datasets:`` entry takes (both in ``aot_plugin.data.rows``).
+    for every response in a row; ``strategy.options`` is the pydantic class of the keys that the
+    entry accepts (``PromptStrategy`` and ``Example`` are in ``aot_plugin.data.rows``).
     """

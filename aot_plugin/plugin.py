@@ -1,4 +1,4 @@
-"""The host's plugin API: everything that aot_plugin and Axolotl say to each other goes here."""
+"""The plugin that Axolotl loads: aot_plugin's implementation of the host's plugin API."""
 
 import os
 import sys
@@ -12,10 +12,10 @@ from .host.compat import refuse_untested_releases
 
 
 class AOTPlugin(BasePlugin):
-    """Brings ``rl: aot`` to Axolotl by writing host-native keys into the config.
+    """Adds ``rl: aot`` to Axolotl by writing the host's own keys into the config.
 
-    The host finds this class by the entry-point group ``axolotl.plugins``; naming it under
-    ``plugins:`` works as well. With any other ``rl`` every method leaves the run as it is.
+    The host finds this class through the entry-point group ``axolotl.plugins``, or by its name
+    under ``plugins:``. With any other ``rl`` no method changes the run.
     """
 
     def __init__(self) -> None:
@@ -23,11 +23,11 @@ class AOTPlugin(BasePlugin):
         self._before: dict[str, Any] = {}
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Translate ``rl: aot`` (the config is raw: the host validates it afterwards).
+        """Translates ``rl: aot`` in a raw config, which the host validates afterwards.
 
         Raises:
-            ValueError: if an ``aot_*`` key or a host key that contradicts them is wrong.
-            RuntimeError: if the installed host is outside the supported range.
+            ValueError: if an ``aot_*`` key is wrong, or a key of the host contradicts them.
+            RuntimeError: if the installed host is outside the tested range.
         """
         self._before = {}
         _refuse_swallowed_flags()
@@ -40,7 +40,7 @@ class AOTPlugin(BasePlugin):
             cfg[key] = value
 
     def on_config_validation_error(self, cfg: dict[str, Any]) -> None:
-        """Give the user's own keys back to a config that the host refused."""
+        """Restores the user's own keys in a config that the host has rejected."""
         for key, value in self._before.items():
             if value is None:
                 cfg.pop(key, None)
@@ -56,10 +56,16 @@ class AOTPlugin(BasePlugin):
         return "aot_plugin.config.AOTTrainingArgs" if self._speaks() else None
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
-        """The host's own loading, with ``weight`` and ``shards`` per entry, a count of what became
-        of every unpaired row, and an error if one label only is left. Anything else is left to the
-        host, once what a killed run may have left half written, and rows that were prepared of
-        other files, are out of its way."""
+        """Loads the datasets with the host's own functions.
+
+        Added are ``weight`` and ``shards`` per entry, counts of kept and dropped rows, and an error
+        if the rows of an unpaired run have only one label. Before that, incomplete checkpoints and
+        prepared rows of a killed run, and rows prepared from other sources, are put out of the
+        host's way.
+
+        Returns:
+            The datasets; None to leave the loading to the host, if ``rl`` is not ``aot``.
+        """
         if not is_desugared(cfg) or not self._speaks():
             return None
         from .data.freshness import load_fresh
@@ -72,27 +78,28 @@ class AOTPlugin(BasePlugin):
         return load_fresh(cfg, lambda: load_datasets(cfg, preprocess))
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        """Remembers the policy and the reference, which the host loads after it."""
+        """Remembers the policy, and the reference that the host loads after it."""
         if is_desugared(cfg) and self._speaks():
             from .host.loaded_models import remember
 
             remember(model)
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
-        """The options of this run, for the class above; None when ``rl`` is not ``aot``."""
+        """The run's values for ``AOTTrainingArgs``; None if ``rl`` is not ``aot``."""
         if not is_desugared(cfg):
             return None
-        # Where the trainer, which comes next, finds it; the host's commands have set it so.
+        # The trainer, which is built next, reads it from there. The host's commands have set it to
+        # the same.
         PluginManager.get_instance().cfg = cfg
         from .host.nodes import share_folder
 
-        # Where a node can't read what another one saves, it could not resume.
+        # A node that can't read what another one saves could not resume.
         shared = share_folder(Path(cfg["output_dir"]))
         return {**training_args(cfg), "save_on_each_node": not shared}
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        """A short line per log in the console, and what the host's keys ask for that it heeds in
-        supervised fine-tuning only; nothing when ``rl`` is not ``aot``."""
+        """A short console line per log, and callbacks for keys of the host that it reads only in
+        supervised fine-tuning; none if ``rl`` is not ``aot``."""
         if not is_desugared(cfg) or not self._speaks():
             return []
         from .host.callbacks import callbacks
@@ -100,8 +107,8 @@ class AOTPlugin(BasePlugin):
         return callbacks(cfg, trainer)
 
     def _speaks(self) -> bool:
-        # The host knows plugins by their names, so another spelling under `plugins:` (the class
-        # can be imported from two modules) makes a second instance, which has nothing to add.
+        # The host identifies plugins by name, and the class can be imported from two modules. So
+        # another spelling under `plugins:` creates a second instance, which must do nothing.
         plugins = PluginManager.get_instance().plugins.values()
         return next((p for p in plugins if isinstance(p, AOTPlugin)), self) is self
 
@@ -117,7 +124,7 @@ def _warn_of_keys_without_effect(cfg: dict[str, Any]) -> None:
 
 def _refuse_swallowed_flags() -> None:
     # `axolotl train x.yml --aot-mode unpaired` never reaches the config: the host's command line
-    # knows the keys of its core schema only, and takes any other flag for the launcher's.
+    # knows only the keys of its core schema, and passes any other flag to the launcher.
     program = os.path.basename(sys.argv[0])
     if program != "axolotl":
         return

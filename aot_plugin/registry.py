@@ -1,4 +1,4 @@
-"""The one ``pluggy.PluginManager`` of the project, and lookup by name in what is registered."""
+"""The project's ``pluggy.PluginManager``, and lookup of registered objects by name."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -10,12 +10,12 @@ import pluggy
 from . import hookspecs
 
 BUILTIN = "aot_plugin.builtin"
-"""Our own penalties, losses and prompt strategies: what our own entry point names."""
+"""The module that our own entry point names."""
 
 
 @cache
 def plugin_manager() -> pluggy.PluginManager:
-    """The manager with every installed package of the entry-point group, this one among them.
+    """The manager with every installed package of the entry-point group, including this one.
 
     Raises:
         RuntimeError: if this project's own entry point is missing.
@@ -29,8 +29,8 @@ def plugin_manager() -> pluggy.PluginManager:
             "the installed aot-plugin is older than its source: install it again "
             "(in a clone: pip install --no-deps -e .)"
         )
-    # Not load_setuptools_entrypoints: of two packages that chose the same entry-point name, it
-    # loads one and skips the other in silence.
+    # Not load_setuptools_entrypoints: if two packages have the same entry-point name, it loads one
+    # and silently skips the other.
     for entry in entries:
         manager.register(entry.load(), name=_owner(entry))
     manager.check_pending()
@@ -38,22 +38,23 @@ def plugin_manager() -> pluggy.PluginManager:
 
 
 def _owner(entry: EntryPoint) -> str:
-    """How messages name a package: what one would uninstall, and its entry point."""
+    """The name of a package in messages: that of its distribution, and its entry point."""
     return f"{entry.dist.name if entry.dist else entry.value} ({entry.name})"
 
 
 def registered(hook: str) -> dict[str, Any]:
-    """All that is registered under a hook ("aot_penalties", ...), by name.
+    """Everything that is registered under a hook ("aot_penalties", ...), by name.
 
     Raises:
-        ValueError: if two packages register one name, or one returns no mapping from names.
+        ValueError: if two packages register the same name, or a package does not return a mapping
+            from names.
     """
     manager = plugin_manager()
     found: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for impl in getattr(manager.hook, hook).get_hookimpls():
         returned = impl.function()
-        # The usual slip is a forgotten `return`.
+        # A common mistake is a missing `return`.
         if not isinstance(returned, Mapping) or not all(isinstance(n, str) for n in returned):
             raise ValueError(
                 f"{hook} of {impl.plugin_name!r} returned {returned!r}; it must return a mapping "
@@ -70,10 +71,15 @@ def registered(hook: str) -> dict[str, Any]:
 
 
 def lookup(hook: str, key: str, name: str) -> Any:
-    """What is registered as ``name``; ``key`` is the YAML key that names it.
+    """The object that is registered under a name.
+
+    Args:
+        hook: "aot_penalties", "aot_losses" or "aot_prompt_strategies".
+        key: the YAML key that holds the name, for messages.
+        name: the name.
 
     Raises:
-        ValueError: if nothing is, with the names that are.
+        ValueError: if the name is not registered; lists those that are.
     """
     found = registered(hook)
     if name not in found:
