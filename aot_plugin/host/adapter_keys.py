@@ -1,7 +1,7 @@
-"""What the YAML says about adapters, checked before a model is loaded.
+"""Checks the adapter keys of the YAML before a model is loaded.
 
-Under RL the host hands TRL the adapter's config, and TRL builds the adapter, so keys that the
-host's own adapter loading honours have no effect. Each of them works here, or is refused.
+Under RL the host passes the adapter's config to TRL, and TRL builds the adapter. So keys that only
+the host's own adapter loading reads have no effect. Each of them either works here or is refused.
 """
 
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 SAFE_INITS = (None, True, "gaussian", "orthogonal")
-"""Ways to begin an adapter with the product of its two matrices 0 and the base weights as they
-are: only so is the base model, the adapter disabled, what the policy begins as."""
+"""Initializations that leave the base weights unchanged and make the product of the adapter's two
+matrices 0. Only then is the base model with the adapter disabled the same as the initial policy."""
 
 REFUSED_WITH_ADAPTER = {
     "relora": "it belongs to supervised training",
     "unfrozen_parameters": "only the adapter is trained; write `lora_modules_to_save`",
 }
-"""Keys that the host drops in silence where TRL builds the adapter, and what to do."""
+"""Keys that the host silently drops if TRL builds the adapter, and what to do instead."""
 
 SAVED_AS = {
     "lora_r": "r",
@@ -34,13 +34,16 @@ SAVED_AS = {
     "peft_layers_pattern": "layers_pattern",
     "peft_trainable_token_indices": "trainable_token_indices",
 }
-"""The host's keys, and the names that they have in ``adapter_config.json``."""
+"""Keys of the host, and their names in ``adapter_config.json``."""
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def adapter_updates(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the adapter keys of a raw config; what they change in it.
+    """Checks the adapter keys of a raw config.
+
+    Returns:
+        The keys to set in the config.
 
     Raises:
         ValueError: naming the key, what is wrong with it, and what to write instead.
@@ -55,14 +58,21 @@ def adapter_updates(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def start_adapter(cfg: Mapping[str, Any]) -> str:
-    """What ``lora_model_dir`` names, as it is found from any working directory; "" if nothing."""
+    """``lora_model_dir``, made absolute if it is a local folder; "" if it is not set."""
     start = str(cfg.get("lora_model_dir") or "")
     return os.path.realpath(start) if os.path.isdir(start) else start
 
 
 def _merged_adapter(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """`axolotl merge-lora` merges what `lora_model_dir` names, or else `output_dir`. In a YAML it
-    names what training starts from; only on the command line is it what is to be merged."""
+    """Makes `axolotl merge-lora` merge the adapter that was trained.
+
+    The command merges the adapter in ``lora_model_dir`` or, without that key, in ``output_dir``. In
+    a YAML the key names the adapter from which training starts. Only on the command line does it
+    name the adapter to merge.
+
+    Returns:
+        The keys to set in the config.
+    """
     import yaml
 
     path = cfg.get("axolotl_config_path")
@@ -142,14 +152,15 @@ def _saved_config(start: Path, said: str) -> dict[str, Any]:
 
 
 def _check_contradictions(cfg: Mapping[str, Any], saved: Mapping[str, Any], said: str) -> None:
-    """The saved adapter is trained on as it is, so a key that says otherwise would do nothing."""
+    """Raises ValueError for keys that contradict the saved adapter: it is trained as it was saved,
+    so they would have no effect."""
     contradictions = []
     for key, name in SAVED_AS.items():
         written, is_saved = _plain(cfg.get(key)), _plain(saved.get(name))
         if cfg.get(key) is None or written == is_saved:
             continue
         if key == "lora_target_modules" and written in ("all-linear", ["all-linear"]):
-            continue  # peft has saved the names that it stands for
+            continue  # peft has saved the names that this stands for
         if (
             key == "lora_target_modules"
             and cfg.get("lora_target_linear")
@@ -165,7 +176,8 @@ def _check_contradictions(cfg: Mapping[str, Any], saved: Mapping[str, Any], said
 
 
 def _plain(value: Any) -> Any:
-    """A value in which order, and what kind of nothing it is, make no difference."""
+    """Normalizes a value for comparison: the order of a list and the kind of an empty value do not
+    matter."""
     if isinstance(value, str) or not value:
         return value or None
     return sorted(value, key=str) if isinstance(value, list | tuple | set) else value

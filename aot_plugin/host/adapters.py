@@ -1,7 +1,7 @@
-"""The adapter as a trainer meets it: where the policy begins, what is the reference, what is saved.
+"""The adapter of a training run: initial policy, reference, and what is saved.
 
-Where the YAML names no adapter to begin with, TRL builds one and the reference is the base model
-with the adapter disabled. With ``lora_model_dir`` the host's own loader reads the adapter, and the
+If the YAML names no adapter to start from, TRL builds one, and the reference is the base model with
+the adapter disabled. With ``lora_model_dir`` the host's own loader reads the adapter, and the
 reference is TRL's frozen copy of it, named "ref".
 """
 
@@ -28,22 +28,23 @@ from .reference_cache import REFERENCE_ADAPTER
 LOG = get_logger("axolotl.aot_plugin.host.adapters")
 
 POLICY_ADAPTER = "default"
-"""The name that peft, the host and TRL give the adapter that is trained."""
+"""The name of the trained adapter in peft, the host and TRL."""
 
 
 def policy_to_start_from(model: nn.Module, new_adapter: Any) -> tuple[nn.Module, Any]:
-    """What TRL's trainer is given, from what the host gives ours.
+    """The arguments for TRL's trainer, from those that the host passes to ours.
 
     Args:
         model: the base model.
-        new_adapter: the peft config of an adapter to build. The host's evaluating command gives
-            none, even where the config has an adapter.
+        new_adapter: the peft config of an adapter to build. The host's evaluation command passes
+            None, even if the config has an adapter.
 
     Returns:
-        The policy, and the peft config of the adapter that TRL is to build on it, if any.
+        The policy, and the peft config of the adapter that TRL has to build on it, if any.
 
     Raises:
-        ValueError: if the adapter to begin with is not all there, or would be written over.
+        ValueError: if weights of the adapter to start from are missing, if the run would overwrite
+            it, or if the host has built an adapter already (``merge_lora``).
     """
     cfg = PluginManager.get_instance().cfg
     if cfg is None or not cfg.adapter:
@@ -72,7 +73,7 @@ def _load(model: nn.Module, cfg: Any) -> PeftModel:
     from axolotl.loaders import load_adapter
 
     with warnings.catch_warnings():
-        # peft would go on with fresh weights in place of those that the file lacks.
+        # peft would continue with newly initialized weights in place of those that are missing.
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             policy, _ = load_adapter(model, cfg, cfg.adapter)
@@ -101,17 +102,21 @@ def _load(model: nn.Module, cfg: Any) -> PeftModel:
 
 
 def refuse_another_start(checkpoint: Path, arguments: Any) -> None:
-    """A run that is resumed keeps its reference, wherever that lies by now.
+    """Checks that a resumed run keeps its reference, which may have another path by now.
+
+    Args:
+        checkpoint: the checkpoint from which the run is resumed.
+        arguments: the training arguments of the resumed run.
 
     Raises:
-        ValueError: if the run of the checkpoint began with another adapter than this one.
+        ValueError: if the run of the checkpoint started from another adapter than this one.
     """
     before, start = start_adapter(checkpoint) or "", arguments.aot_start_adapter
     if before and start:
         check_start(checkpoint, start)
-    # Where it is not known, one is None and the other one empty.
-    moved = start_digest(checkpoint) == arguments.aot_start_digest
-    if before != start and not moved:
+    # If the digests are not known, they are None and "", which differ.
+    same_weights = start_digest(checkpoint) == arguments.aot_start_digest
+    if before != start and not same_weights:
         raise ValueError(
             f"the run of {checkpoint} began with "
             f"{f'`lora_model_dir: {before}`' if before else 'no `lora_model_dir`'}, which is its "
@@ -121,14 +126,16 @@ def refuse_another_start(checkpoint: Path, arguments: Any) -> None:
 
 
 def settle_reference(policy: nn.Module, evaluating: bool) -> None:
-    """Make TRL's frozen copy what the reference has to be, before the policy is trained.
+    """Corrects TRL's frozen copy of the adapter, so that it is the reference. Call before training.
 
-    TRL copies what has a name with ``.default.`` in it, which adapters of embeddings have not
-    (their names end there), and casts the policy's adapter on quantized weights afterwards.
+    TRL copies weights whose names contain ``.default.``. Adapters of embeddings are missed, since
+    their names end there. And after the copy TRL casts the policy's adapter on quantized weights.
 
     Args:
-        evaluating: a saved adapter is measured, not trained on. Its reference is what it was
-            trained against: the adapter that its training began with, or the base model.
+        policy: the policy.
+        evaluating: True if a saved adapter is evaluated, not trained further. Its reference is then
+            what it was trained against: the adapter from which its training started, or the base
+            model.
     """
     if not isinstance(policy, PeftModel):
         return
@@ -162,15 +169,15 @@ def settle_reference(policy: nn.Module, evaluating: bool) -> None:
 
 @torch.no_grad()
 def copy_adapter(policy: PeftModel) -> None:
-    """The frozen copy gets values and dtypes of the policy's adapter as they are now."""
+    """Copies the current values and dtypes of the policy's adapter to the frozen copy."""
     parameters = dict(policy.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         parts = name.split(".")
         if POLICY_ADAPTER not in parts:
             continue
-        twin = parameters[".".join(_renamed(parts))]
-        twin.data = parameter.detach().clone()
-        twin.requires_grad_(False)
+        frozen = parameters[".".join(_renamed(parts))]
+        frozen.data = parameter.detach().clone()
+        frozen.requires_grad_(False)
 
 
 def _renamed(parts: list[str]) -> list[str]:
@@ -178,14 +185,14 @@ def _renamed(parts: list[str]) -> list[str]:
 
 
 def save_adapter_only(policy: Any, arguments: Any) -> None:
-    """What is saved of this model from now on is the adapter in training (with its
-    ``modules_to_save``), whoever saves it.
+    """Makes every later save of the model write only the trained adapter and its
+    ``modules_to_save``.
 
-    peft would save the frozen copy beside it. And the host keeps the base model that it loaded,
-    into which TRL's adapter was put, and saves that into ``output_dir`` at the end, after an
-    interrupt and where it mends untrained tokens: all base weights, under names that no loader
-    knows. It has no hook there, so the two models' own ``save_pretrained`` is set, which is where
-    all of these meet. The training arguments go with the adapter, as with a checkpoint's: they say
+    peft would save the frozen copy as well. And the host keeps the base model that it loaded, into
+    which TRL has inserted its adapter. It saves that model to ``output_dir`` at the end, after an
+    interrupt and when it fixes untrained tokens: all base weights, under names that no loader
+    knows. There is no hook for that. So ``save_pretrained`` of both models is replaced, which all
+    of these call. The training arguments are saved with the adapter, as in a checkpoint: they say
     what it was trained against.
     """
     if not isinstance(policy, PeftModel):

@@ -1,4 +1,4 @@
-"""What the trainer calls back: a short line per log, and two callbacks of the host's own."""
+"""Callbacks of the trainer: a short console line per log, and two callbacks of the host."""
 
 import time
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from transformers import (
 
 
 def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
-    """The callbacks of a run of ours. The host adds its own two in supervised fine-tuning only."""
+    """The callbacks of a run of ours; the host adds its two only in supervised fine-tuning."""
     rows = "pairs" if cfg["aot_mode"] == "paired" else "rows"
     found: list[TrainerCallback] = [StepLine(rows, trainer.accelerator.num_processes)]
     if cfg.early_stopping_patience:
@@ -27,11 +27,11 @@ def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
 
 
 class StepLine(TrainerCallback):
-    """Under the dictionary of all metrics, which the host prints: what to look at, on one line.
+    """Prints the main metrics of each log on one line, below the host's dictionary of all metrics.
 
     Args:
-        rows: what the rows of a step are called.
-        ranks: processes that train together.
+        rows: what the rows of a step are called, "pairs" or "rows".
+        ranks: number of ranks.
     """
 
     def __init__(self, rows: str, ranks: int) -> None:
@@ -44,7 +44,7 @@ class StepLine(TrainerCallback):
         self._since = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        # Evaluations and checkpoints are not the speed of training.
+        # The time of evaluations and checkpoints is left out of the speed of training.
         self._seconds += time.perf_counter() - self._since
         self._steps += 1
         self._since = time.perf_counter()
@@ -73,8 +73,18 @@ class StepLine(TrainerCallback):
 def summary(
     logs: Mapping[str, Any], step: str, speed: float | None = None, rows: str = "rows"
 ) -> str | None:
-    """Loss, dominance violation, dominance, re-coupled rows and speed of one log; None for a log
-    without them (the end of training, or steps with one label only)."""
+    """Formats loss, violation, dominance, re-coupled rows and speed of one log.
+
+    Args:
+        logs: the logged metrics.
+        step: the step as it is printed.
+        speed: rows per second, if known.
+        rows: what the rows are called.
+
+    Returns:
+        The line; None for a log without these metrics (the end of training, or steps with only one
+        label).
+    """
     found = (p for p in ("", "eval_") if {f"{p}loss", f"{p}aot/violation_fraction"} <= logs.keys())
     prefix = next(found, None)
     if prefix is None:

@@ -1,8 +1,8 @@
 """Checks before the first step, on the scores of its first rows.
 
-Two things must hold. Scoring and differentiating a step must see the same network; and before the
+Two things must hold. Scoring and differentiating a step must use the same network; and before the
 first step policy and reference must agree. Many things can break either (functional dropout, router
-jitter, adapters that change the base model, another rope, added tokens), so the checks look at
+jitter, adapters that change the base model, another RoPE, added tokens). So the checks compare
 behaviour: the rows are scored again, and a difference larger than rounding is refused.
 """
 
@@ -22,7 +22,7 @@ from ..scoring.scorer import Scorer
 from ..step.engine import MicroBatch
 
 TIMES_NOISE = 5
-"""Times the measured rounding that two computations of the same number may differ."""
+"""How many times the measured rounding two computations of the same number may differ."""
 
 ROUNDING = 1 / 4
 """Lower bound of a token's rounding, in units of the dtype's eps: repeated passes of the same
@@ -33,7 +33,7 @@ NEGLIGIBLE = 1e-3
 (Embeddings of new tokens are drawn separately for each loaded model, close to their mean.)"""
 
 WIDER = 8
-"""Columns of padding that are added for another layout."""
+"""Columns of padding that are added to get another layout."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class FirstScores:
     """The policy's log-probabilities of the first rows, each [sequences] float32, in nats.
 
     Attributes:
-        scores: as the step will see them.
-        again: the same rows with the random generators in the same state: what differs is noise.
-        other: with the generators in another state.
+        scores: as the step computes them.
+        again: with the random generators in the same state; any difference is noise.
+        other: with the random generators in another state.
         elsewhere: in another layout (more padding, prompts not shared), with the output of every
-            module rounded at random: what differs is rounding.
-        tokens: completion tokens of each sequence, [sequences].
-        eps: of the coarsest floating-point type that takes part.
+            module perturbed at random; any difference is rounding.
+        tokens: numbers of completion tokens, [sequences].
+        eps: machine epsilon of the coarsest floating-point type in use.
     """
 
     scores: Tensor
@@ -60,7 +60,13 @@ class FirstScores:
 
 @dataclass(frozen=True)
 class Difference:
-    """The sequence on which two scores are furthest apart, compared with what rounding may do."""
+    """The largest difference of two scores of a sequence, relative to what rounding explains.
+
+    Attributes:
+        nats: the difference.
+        rounding: the difference that rounding explains, in nats.
+        tokens: number of completion tokens of the sequence.
+    """
 
     nats: float
     rounding: float
@@ -68,10 +74,16 @@ class Difference:
 
     @classmethod
     def between(cls, a: Tensor, b: Tensor, noise: Tensor, tokens: Tensor, eps: float) -> Any:
-        """Args: ``a``, ``b``, ``noise`` and ``tokens`` [sequences].
+        """Compares two scores of each sequence.
 
-        Roundings of tokens have no common sign, so those of a sequence grow with the root of its
-        length; a sum itself is known to float32's resolution.
+        The rounding errors of tokens have no common sign, so that of a sequence grows with the
+        square root of its length. The sum itself has the resolution of float32.
+
+        Args:
+            a, b: the scores, [sequences].
+            noise: differences due to rounding (and to randomness, if allowed), [sequences].
+            tokens: numbers of completion tokens, [sequences].
+            eps: machine epsilon of the coarsest floating-point type in use.
         """
         tokens = tokens.clamp(min=1)
         per_token = (noise.double().square() / tokens).mean().sqrt().clamp(min=eps * ROUNDING)
@@ -83,11 +95,11 @@ class Difference:
 
     @property
     def excess(self) -> float:
-        """In units of what rounding may do; 0 for NaN, which the step itself refuses."""
+        """The difference in units of ``rounding``; 0 for NaN, which the step itself refuses."""
         return self.nats / self.rounding if self.nats == self.nats else 0.0
 
     def __bool__(self) -> bool:
-        """Whether it is more than rounding."""
+        """Whether the difference is larger than rounding explains."""
         return self.excess > 1
 
     def __str__(self) -> str:
@@ -105,15 +117,15 @@ def first_scores(
     half: torch.dtype | None,
     widest: int | None = None,
 ) -> FirstScores:
-    """Scores the batch in four passes; the random generators stay as they were.
+    """Scores the batch in four passes. The state of the random generators is preserved.
 
     Args:
         policy: scores a batch as the step does.
-        policy_elsewhere: does it without sharing prompts.
+        policy_elsewhere: scores a batch without sharing prompts.
         batch: ``input_ids``, ``attention_mask``, ``completion_mask``, each [sequences, width].
-        model: the policy, for its dtypes and its longest row.
+        model: the policy, for its dtypes and its number of positions.
         half: autocast's dtype.
-        widest: tokens of the widest row that the model may be given; None if there is no limit.
+        widest: number of tokens of the widest row in the run; None if there is no limit.
     """
     device = batch["input_ids"].device
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -126,7 +138,7 @@ def first_scores(
         return score(batch)
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # The first pass of all may be more than one: how the model takes its rows is settled there.
+        # The very first call may run several forward passes, since it decides the layout.
         other = seeded(policy, batch, 1)
         scores, again = (seeded(policy, batch, 0) for _ in range(2))
         with _random_rounding(model, eps):
@@ -137,8 +149,8 @@ def first_scores(
 
 @contextmanager
 def _random_rounding(model: Any, eps: float) -> Iterator[None]:
-    """Shifts the output of every module by up to a unit in the last place: another order of
-    summation, or another kernel, does it no more harm."""
+    """Shifts the output of every module by up to one unit in the last place: another order of
+    summation, or another kernel, changes it by no more than that."""
 
     def shift(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -146,7 +158,7 @@ def _random_rounding(model: Any, eps: float) -> Iterator[None]:
         units = 2 * torch.rand_like(output, dtype=torch.float32) - 1
         return (output * (1 + eps * units)).to(output.dtype)
 
-    # The output of the head may be what stands in place of its logits.
+    # The output of the head may be a stand-in for its logits.
     head = model.get_output_embeddings()
     leaves = (m for m in model.modules() if not any(m.children()) and m is not head)
     hooks = [module.register_forward_hook(shift) for module in leaves]
@@ -158,10 +170,10 @@ def _random_rounding(model: Any, eps: float) -> Iterator[None]:
 
 
 def refuse_inexact(trainer: Any) -> None:
-    """Raises ValueError for what is known, before any row is scored, not to be exact over a step.
+    """Raises ValueError for settings that are known not to be exact, before any row is scored.
 
     Args:
-        trainer: one of ours, constructed.
+        trainer: a trainer of ours after its construction.
     """
     if trainer._is_vision_dataset:
         raise ValueError("`rl: aot` trains on text; the data set has an image column")
@@ -170,11 +182,12 @@ def refuse_inexact(trainer: Any) -> None:
         "the network is random: {}, and the scores of a step and its gradient would come from two "
         "different networks; {}"
     )
-    # Of a fresh adapter, whose output is 0, no score would show it.
+    # The output of a new adapter is 0, so dropout in it does not change any score.
     dropout = (n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p)
     if whole_step and (name := next(dropout, None)):
         raise ValueError(random.format(f"the dropout {name!r} is on", "set it to 0"))
-    # One chance in twenty to leave out a layer is likely to pass the first micro-batch.
+    # Layers that are skipped with a probability of 1/20, say, are likely to go unnoticed in the
+    # first micro-batch.
     if whole_step and (layerdrop := getattr(model.config, "layerdrop", None)):
         advice = "write `overrides_of_model_config: {layerdrop: 0.0}`"
         raise ValueError(random.format(f"`layerdrop: {layerdrop}` leaves out whole layers", advice))
@@ -197,19 +210,20 @@ def check_start(
     widest: int | None,
     gather: Callable[[Tensor], Tensor],
 ) -> None:
-    """Refuses a random network and a wrong reference, on every rank at once.
+    """Refuses a random network and a wrong reference, on all ranks together.
 
     Args:
+        scorer: scores batches under policy and reference.
         batch: the first micro-batch.
-        model: the policy, not wrapped.
+        model: the unwrapped policy.
         settings: the training arguments.
-        several: whether a step scores its rows in one pass and differentiates them in another.
-        resumed: the policy has left its reference already.
-        widest: tokens of the widest row that the model may be given; None if there is no limit.
-        gather: numbers of this rank, [1, k] -> those of all ranks, [ranks, k].
+        several: True if a step scores its rows in one pass and differentiates them in another.
+        resumed: True if the policy already differs from its reference.
+        widest: number of tokens of the widest row in the run; None if there is no limit.
+        gather: maps numbers of this rank, [1, k], to those of all ranks, [ranks, k].
 
     Raises:
-        ValueError: naming what looks guilty.
+        ValueError: naming the likely cause.
     """
     half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
     first = first_scores(scorer.logps, scorer.logps_apart, batch.inputs, model, half, widest)
@@ -236,7 +250,12 @@ def some_weights(model: nn.Module) -> list[Tensor]:
 
 
 def refuse_updates_within_a_step(before: list[Tensor], model: nn.Module) -> None:
-    """Raises ValueError if the weights are others than those that the step was scored with."""
+    """Raises ValueError if the weights differ from those that the step was scored with.
+
+    Args:
+        before: ``some_weights`` when the step was scored.
+        model: the policy.
+    """
     pairs = zip(before, some_weights(model), strict=True)
     # ZeRO-3 leaves some parameters empty between passes.
     if any(a.shape == b.shape and not torch.equal(a, b) for a, b in pairs):
@@ -248,14 +267,19 @@ def refuse_updates_within_a_step(before: list[Tensor], model: nn.Module) -> None
 
 
 def randomness(first: FirstScores) -> Difference:
-    """Between two scores of the same rows by the same network."""
+    """The difference between two scores of the same rows by the same network."""
     noise = first.scores - first.again
     return Difference.between(first.scores, first.other, noise, first.tokens, first.eps)
 
 
 def reference_error(first: FirstScores, reference: Tensor) -> Difference:
-    """Between policy and reference before the first step. ``reference``: [sequences]."""
-    # Where randomness is allowed, it is part of the noise.
+    """The difference between policy and reference before the first step.
+
+    Args:
+        first: scores of the policy.
+        reference: scores of the reference, [sequences].
+    """
+    # If randomness is allowed, it is part of the noise.
     noise = torch.maximum(
         (first.scores - first.elsewhere).abs(), (first.scores - first.other).abs()
     )
@@ -263,8 +287,13 @@ def reference_error(first: FirstScores, reference: Tensor) -> Difference:
 
 
 def random_network(found: Difference, model: nn.Module, settings: Any) -> str:
-    """What to say of ``randomness``. ``model`` is the policy, ``settings`` the training
-    arguments."""
+    """The error message for ``randomness``.
+
+    Args:
+        found: the difference.
+        model: the policy.
+        settings: the training arguments.
+    """
     suspects = _random_suspects(model, settings)
     advice = f"set to 0: {', '.join(suspects)}" if suspects else "no known key is the cause"
     return (
@@ -276,7 +305,7 @@ def random_network(found: Difference, model: nn.Module, settings: Any) -> str:
 
 
 def wrong_reference(found: Difference, model: nn.Module, settings: Any) -> str:
-    """What to say of ``reference_error``; arguments as above."""
+    """The error message for ``reference_error``, with arguments as in ``random_network``."""
     advice = "look at what changes one of the two models after loading"
     if settings.precompute_ref_log_probs:
         advice = f"remove the cached log-probabilities in {settings.aot_reference_folder!r}"
@@ -294,7 +323,7 @@ def wrong_reference(found: Difference, model: nn.Module, settings: Any) -> str:
 
 
 def _random_suspects(model: nn.Module, settings: Any) -> list[str]:
-    """What may make the network random, as ``key: value``."""
+    """Settings that may make the network random, as ``key: value``."""
     config = getattr(model, "config", None)
     found = {} if config is None else dict(_numbers(config.to_dict()))
     found["neftune_noise_alpha"] = getattr(settings, "neftune_noise_alpha", None) or 0
@@ -323,7 +352,7 @@ def _longest(model: nn.Module) -> int | None:
 
 
 def _wider(batch: Batch, *limits: int | None) -> Batch:
-    """The batch with more padding, as far as positions and the run's rows reach."""
+    """The batch with more padding, up to the widths in ``limits``."""
     names = ("input_ids", "attention_mask", "completion_mask")
     room = [limit - batch["input_ids"].shape[1] for limit in limits if limit is not None]
     more = max(min(WIDER, *room), 0) if room else WIDER

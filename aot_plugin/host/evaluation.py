@@ -19,9 +19,11 @@ LOG = get_logger("axolotl.aot_plugin.evaluation")
 
 
 class EvaluationMixin(ScoringMixin):
-    """The host's evaluation loop gathers our columns over batches and ranks (and drops the rows
-    that it repeated to fill the last batch); one problem is solved on all of them, so the result
-    does not depend on the batch size."""
+    """Evaluates with the host's loop, which gathers our columns over batches and ranks.
+
+    The loop drops the rows that it repeated to fill the last batch. One transport problem is solved
+    on all rows, so the result does not depend on the batch size.
+    """
 
     beta: float
     _eval_name = "eval"
@@ -38,7 +40,7 @@ class EvaluationMixin(ScoringMixin):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        # `axolotl evaluate` knows no step: it must not write over the evaluation before the first.
+        # In `axolotl evaluate` the step is 0. It must not overwrite the evaluation before step 1.
         self._eval_name = metric_key_prefix if self.is_in_train else "evaluate"
         self.compute_metrics = self._evaluate_columns
         return super().evaluation_loop(
@@ -52,7 +54,12 @@ class EvaluationMixin(ScoringMixin):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Per data row: (logp, reference logp, label, completion tokens) of each sequence."""
+        """Scores a batch.
+
+        Returns:
+            None; (logp, reference logp, label, completion tokens) of each sequence by data row,
+            [rows, sequences per row, 4] float64; ones in place of the host's labels, [rows].
+        """
         batch = self._micro_batch(self._prepare_inputs(inputs))
         logps = self._scorer.logps(batch.inputs, model)
         ref_logps = batch.reference_logps(self._scorer, model)
@@ -77,8 +84,15 @@ class EvaluationMixin(ScoringMixin):
         return metrics
 
     def _record(self, columns: np.ndarray) -> dict[str, float]:
-        """Write the evaluation and its quantile plot into the output directory, hand the plot to
-        the loggers that take images; returns the bootstrap intervals for the log."""
+        """Writes the evaluation and its plot to the output directory, and sends the plot to the
+        loggers that accept images.
+
+        Args:
+            columns: as from ``prediction_step``, for all rows.
+
+        Returns:
+            Bootstrap intervals for the log.
+        """
         step = self.state.global_step
         make = _paired if self._objective.step_class is PairedLogps else _unpaired
         scores = make(columns, beta=self.beta, step=step, eval_set=self._eval_name)
@@ -98,7 +112,7 @@ class EvaluationMixin(ScoringMixin):
 
 
 def _paired(columns: np.ndarray, **common: Any) -> Scores:
-    """Of the rows of ``prediction_step``, [rows, 2, 4]."""
+    """Scores of pairs from the rows of ``prediction_step``, [rows, 2, 4]."""
     chosen, rejected = columns[:, 0], columns[:, 1]
     return Scores.paired(
         chosen_logps=chosen[:, 0],
@@ -112,7 +126,7 @@ def _paired(columns: np.ndarray, **common: Any) -> Scores:
 
 
 def _unpaired(columns: np.ndarray, **common: Any) -> Scores:
-    """Of the rows of ``prediction_step``, [rows, 1, 4]."""
+    """Scores of labelled rows from the rows of ``prediction_step``, [rows, 1, 4]."""
     logps, ref_logps, label, tokens = columns[:, 0].T
     return Scores.unpaired(
         logps=logps, ref_logps=ref_logps, label=label.astype(bool), tokens=tokens, **common

@@ -1,8 +1,8 @@
-"""Which top-level keys have an effect under ``rl: aot``, and what is said of the others.
+"""Which top-level keys have an effect under ``rl: aot``, and the messages on those that have none.
 
-The host drops a key that it does not know without a word, and reads many that it does know in
-supervised fine-tuning only. So every key of an ``rl: aot`` config either has an effect, is refused
-with what to write instead, or is named in one warning (``without_effect``).
+The host silently drops keys that it does not know, and reads many known ones only in supervised
+fine-tuning. So every key of an ``rl: aot`` config either has an effect, is refused with advice on
+what to write instead, or is named in a single warning (``without_effect``).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ REFUSED: dict[str, str] = {
     "cpo_alpha": "it belongs to `rl: simpo`; remove it",
     "trainer_cls": "`rl: aot` brings its own trainer; remove it",
 }
-"""Host keys that contradict ``rl: aot`` with any value, and what to do instead."""
+"""Host keys that contradict ``rl: aot`` whatever their value, and what to do instead."""
 
 REFUSED_IF_ON: dict[str, str] = {
     "neftune_noise_alpha": "with noise the passes of a step would see different networks; remove "
@@ -50,17 +50,18 @@ REFUSED_IF_ON: dict[str, str] = {
     "lisa_step_interval": _SFT,
     "auto_find_batch_size": f"the effective batch is what is sorted together; {_SFT}",
 }
-"""Host keys whose absence would change what is trained, and which the host does not read under
-``rl``; a value that switches them off may stay."""
+"""Host keys that change what is trained, but that the host does not read under ``rl``, and what to
+do instead. A value that switches them off is accepted."""
 
 UPDATES_IN_BACKWARD = ("lomo", "adalomo")
-"""Values of ``optimizer`` whose steps have no single set of weights."""
+"""Values of ``optimizer`` that update weights in the backward pass, so that the micro-batches of a
+step are not differentiated at the same weights."""
 
 REFUSED_OF_TRL: dict[str, str] = dict.fromkeys(
     ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     "Axolotl hands it to GRPO only, and AOT's reference stays as it is; remove it",
 )
-"""Keys under ``trl:`` that are refused."""
+"""Keys under ``trl:`` that are refused, and what to do instead."""
 
 _NO_CROSS_ENTROPY = "AOT computes no cross entropy"
 _REGROUPED = "a step is regrouped by length anyway"
@@ -122,14 +123,16 @@ WITHOUT_EFFECT: dict[str, str] = {
         "Axolotl reads it nowhere",
     ),
 }
-"""Host keys (and some of its own plugins) that a run with ``rl: aot`` goes without, and why."""
+"""Keys of the host, and of some of its own plugins, that have no effect with ``rl: aot``, and
+why."""
 
 FORWARDED = (
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters"),
     "lr_quadratic_warmup",
 )
-"""Host keys that the host hands to the trainer in supervised fine-tuning only, and we as well."""
+"""Host keys that the host passes to the trainer only in supervised fine-tuning, and that we pass to
+ours."""
 
 _ROW_LENGTHS = (
     "write `sequence_len` for a whole row; a longer one is dropped, or cut with "
@@ -195,18 +198,22 @@ FOREIGN: dict[str, str] = {
     "use_peft": "write `adapter: lora`",
     "lora_rank": "write `lora_r`",
 }
-"""Keys of TRL and Transformers that Axolotl spells otherwise or does not pass on."""
+"""Keys of TRL and Transformers that have another name in Axolotl, or that it does not pass on, and
+what to do instead."""
 
 _LEFT_TO_HOST = ("fsdp", "relora_steps", "inference")
-"""Keys outside the host's schema that it looks at before it drops them."""
+"""Keys outside the host's schema that it reads before it drops them."""
 
 _TEMPLATE = ("x-", ".", "_")
-"""How keys begin that only hold YAML anchors."""
+"""Prefixes of keys that only hold YAML anchors."""
 
 
 def known_keys() -> set[str]:
-    """Every top-level key that the host or one of the registered plugins declares, by all of its
-    names, and the flags of the host's commands (which ``load_cfg`` writes into the config)."""
+    """All top-level keys that can appear in a config.
+
+    These are the keys that the host or a registered plugin declares, with their aliases, and the
+    flags of the host's commands, which ``load_cfg`` writes into the config.
+    """
     from axolotl.cli import args as flags
     from axolotl.integrations.config import merge_input_args
 
@@ -221,11 +228,10 @@ def known_keys() -> set[str]:
 
 
 def check_known(cfg: Mapping[str, Any]) -> None:
-    """Every key of a raw config has a reader.
+    """Checks that the host or a plugin in use knows every key of a raw config.
 
     Raises:
-        ValueError: naming the keys that neither the host nor a plugin knows, each with what to
-            write instead.
+        ValueError: naming the unknown keys, each with what to write instead.
     """
     known = known_keys()
     unknown = [
@@ -257,7 +263,7 @@ def check_known(cfg: Mapping[str, Any]) -> None:
 
 
 def refusals(cfg: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the host keys that contradict ``rl: aot``."""
+    """Error messages for the host keys in a config that contradict ``rl: aot``."""
     trl = cfg.get("trl") or {}
     found = [(key, advice) for key, advice in REFUSED.items() if cfg.get(key) is not None]
     found += [(key, advice) for key, advice in REFUSED_IF_ON.items() if _on(cfg.get(key))]
@@ -269,7 +275,7 @@ def refusals(cfg: Mapping[str, Any]) -> list[str]:
 
 
 def without_effect(cfg: Mapping[str, Any]) -> str | None:
-    """One line that names the keys of a raw config without effect; None if all have one."""
+    """One line that names the keys of a raw config that have no effect; None if all have one."""
     reasons: dict[str, list[str]] = {}
     for key, reason in WITHOUT_EFFECT.items():
         if _on(cfg.get(key)):
@@ -304,7 +310,7 @@ def _misspelt(written: str, key: str, known: set[str], prefix: str = "") -> str:
 
 
 def _declaring(key: str) -> Iterator[str]:
-    """The host's own integrations with such a key; they are not imported."""
+    """Yields the host's own integrations that declare a key, without importing them."""
     import axolotl.integrations
 
     for folder in axolotl.integrations.__path__:

@@ -1,8 +1,9 @@
 """The models that the host has loaded, in order.
 
-Full fine-tuning needs a reference model. The host loads one, by the same settings as the policy
-(``overrides_of_model_config``, dtype, added tokens), but hands it to trainers of pairs only; TRL's
-KTO trainer would load another from the bare checkpoint. The host's hook for plugins sees it.
+Full fine-tuning needs a reference model. The host loads one with the same settings as the policy
+(``overrides_of_model_config``, dtype, added tokens), but passes it only to trainers of pairs. TRL's
+KTO trainer would load another one from the bare checkpoint. The host's plugin hook after loading a
+model sees both models, so they are recorded there.
 """
 
 import weakref
@@ -16,13 +17,13 @@ _loaded: list["weakref.ref[nn.Module]"] = []
 
 
 def remember(model: nn.Module) -> None:
-    """Called as the host loads a model; it is not kept alive."""
+    """Records a model that the host has loaded, by a weak reference."""
     _loaded[:] = [other for other in _loaded if other() is not None]
     _loaded.append(weakref.ref(model))
 
 
 def loaded_after(policy: nn.Module) -> nn.Module | None:
-    """The model that the host loaded next to this one: its reference, if the run has one."""
+    """The model that the host loaded right after ``policy``: its reference, if the run has one."""
     models = [model() for model in _loaded]
     following = (b for a, b in pairwise(models) if a is policy)
     return next(following, None)
@@ -30,13 +31,13 @@ def loaded_after(policy: nn.Module) -> nn.Module | None:
 
 @torch.no_grad()
 def begin_as_policy(reference: nn.Module, policy: nn.Module) -> list[str]:
-    """Give the reference the policy's weights, as they are before the first step.
+    """Copies the policy's weights to the reference. Call before the first step.
 
-    Both come from one checkpoint, but embeddings of added tokens are drawn anew for each. Weights
-    that are shared out among ranks (ZeRO-3, FSDP) are left alone.
+    Both come from the same checkpoint, but embeddings of added tokens are drawn separately for
+    each. Weights that are sharded over ranks (ZeRO-3, FSDP) are not copied.
 
     Returns:
-        The names of the weights that were other ones.
+        The names of the weights that differed.
     """
     theirs = dict(policy.named_parameters())
     changed = []

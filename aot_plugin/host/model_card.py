@@ -1,4 +1,4 @@
-"""What TRL writes into the model card of a trained model."""
+"""The paper that TRL cites in the model card of a trained model."""
 
 import textwrap
 

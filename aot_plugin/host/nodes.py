@@ -1,7 +1,7 @@
-"""Several nodes: machines that may have no folder in common.
+"""Runs on several nodes, which may not share a file system.
 
-Like the host, we read and write files in the first process of each node. Its answers, errors
-included, are gathered on all ranks, so that no rank deadlocks waiting for one that failed.
+Like the host, we read and write files in the first process of each node. Its results, including
+errors, are gathered on all ranks, so that no rank deadlocks waiting for one that failed.
 """
 
 import uuid
@@ -14,12 +14,16 @@ from accelerate.utils import gather_object
 
 
 def ask_each_node[Answer](question: Callable[[], Answer]) -> tuple[list[Answer], int]:
-    """What the first process of each node answers, and which of them is this rank's.
+    """Calls a function in the first process of each node. Every rank must call this.
 
-    Every rank must call it. Without ranks there is one node, which is this process.
+    Without distributed training there is one node, which is this process.
+
+    Returns:
+        The results of all nodes, and the index of this rank's node.
 
     Raises:
-        RuntimeError: on every rank, if a node's process raised an error (there: that error).
+        RuntimeError: on every rank, if the function raised an error on some node. The process that
+            raised it gets the original error.
     """
     state = PartialState()
     mine: tuple[Answer | None, Exception | None] | None = None
@@ -29,20 +33,20 @@ def ask_each_node[Answer](question: Callable[[], Answer]) -> tuple[list[Answer],
         except Exception as error:
             mine = None, error
     told = [(mine[0], mine[1] and (str(mine[1]) or repr(mine[1]))) if mine else None]
-    everybody: Sequence[Any] = gather_object(told)
+    gathered: Sequence[Any] = gather_object(told)
     if mine and mine[1]:
         raise mine[1]
-    answers = [said for said in everybody if said is not None]
+    answers = [answer for answer in gathered if answer is not None]
     for number, (_, failure) in enumerate(answers):
         if failure:
             raise RuntimeError(f"on node {number}: {failure}")
     # Ranks are numbered node by node.
-    mine_is = sum(said is not None for said in everybody[: state.process_index + 1]) - 1
-    return [answer for answer, _ in answers], mine_is
+    here = sum(answer is not None for answer in gathered[: state.process_index + 1]) - 1
+    return [answer for answer, _ in answers], here
 
 
 def share_folder(folder: Path) -> bool:
-    """Whether all nodes see the same folder at this path (which is made, if need be)."""
+    """Whether all nodes see the same folder at this path, which is created if needed."""
     nodes, _ = ask_each_node(lambda: None)
     if len(nodes) == 1:
         return True
@@ -61,15 +65,20 @@ def share_folder(folder: Path) -> bool:
 
 
 def let_each_node_save(model: Any) -> None:
-    """With ``save_on_each_node`` the host's trainer saves on the first process of each node, but
-    ``save_pretrained`` writes weights on rank 0 alone, whoever calls it: changed for this model."""
+    """Makes ``save_pretrained`` of a model write weights on every node.
+
+    With ``save_on_each_node`` the host's trainer saves in the first process of each node, but the
+    model's ``save_pretrained`` writes weights only on rank 0.
+    """
     if hasattr(model, "should_save_on_this_rank"):
         model.should_save_on_this_rank = bool
 
 
 class EachNodeWrites:
-    """An accelerator in whose eyes the first process of every node is the main one, for a method of
-    the host that lets the main process write a file, which all ranks read."""
+    """An accelerator for which the first process of every node is the main process.
+
+    It is for a method of the host in which the main process writes a file that all ranks read.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator

@@ -1,4 +1,4 @@
-"""Reference log-probabilities before the first step: TRL's pass, under our names of its files."""
+"""Reference log-probabilities before the first step: TRL's pass, with file names of ours."""
 
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,20 @@ CACHED_FOR = (
 
 
 class PrecomputeMixin(ScoringMixin):
-    """``precompute_ref_log_probs`` with a cache that later runs find (see ``reference_cache``)."""
+    """``precompute_ref_log_probs`` with a cache that later runs reuse (see ``reference_cache``)."""
 
-    # Known before construction ends: TRL precomputes reference log-probabilities there.
+    # Set before TRL's constructor runs, which precomputes reference log-probabilities.
     _only_evaluates: bool
     _reference_is_settled = False
     _reference: Identity | None = None
     _reference_passes = 0
 
     def _reference_columns(self, logps: Tensor) -> tuple[Tensor | None, ...]:
-        """A batch's log-probabilities, [sequences], as the columns that TRL keeps of them."""
+        """A batch's log-probabilities, [sequences], as the columns in which TRL stores them."""
         raise NotImplementedError
 
     def _settle_reference(self) -> None:
-        # Once, since the policy is trained afterwards; and before TRL precomputes in __init__.
+        # Only once, since the policy is trained afterwards; and before TRL precomputes in __init__.
         if self._reference_is_settled:
             return
         settle_reference(self.model, self._only_evaluates)
@@ -50,12 +50,16 @@ class PrecomputeMixin(ScoringMixin):
         self._reference_is_settled = True
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """TRL's, in a file that later runs with the same reference and tokens find again: beside
-        the prepared rows, named by all that they depend on."""
+        """Runs TRL's method with a cache file that later runs reuse.
+
+        The file is next to the prepared rows. Its name is a hash of everything that the
+        log-probabilities depend on, so runs with the same reference and tokens find it.
+        """
         self._settle_reference()
 
         def identity() -> Identity:
-            if self._reference is not None:  # of other rows: a pass may change a model's buffers
+            # Computed once, for the first dataset: a pass may change the model's buffers.
+            if self._reference is not None:
                 return self._reference._replace(rows=rows_digest(dataset))
             settings = {name: getattr(self.args, name, None) for name in CACHED_FOR}
             settings["autocast"] = self.accelerator.mixed_precision
@@ -66,8 +70,8 @@ class PrecomputeMixin(ScoringMixin):
         if is_there:
             LOG.info("the %s dataset's reference log-probabilities are read: %s", name, file)
 
-        # `datasets` finds what it has made of a dataset by its fingerprint, and TRL's for the new
-        # columns knows rows and weights only: it may name what belongs to another reference.
+        # `datasets` caches results by fingerprint. TRL's fingerprint of the new columns depends on
+        # rows and weights only, so it might match results of another reference.
         if dataset._indices is not None:
             dataset = dataset.flatten_indices()
         dataset._fingerprint = digest([dataset._fingerprint, file.name])[:16]
@@ -83,7 +87,7 @@ class PrecomputeMixin(ScoringMixin):
         finally:
             self.accelerator = accelerator
         if not asked or (self._reference_passes == 0) != is_there:
-            # Whatever these numbers are, they are not ours.
+            # TRL did not use our file or our forward pass, so its numbers can't be trusted.
             ask_each_node(lambda: file.unlink(missing_ok=True) if not is_there else None)
             raise RuntimeError(
                 "the installed trl computes or keeps reference log-probabilities in a way that "
@@ -93,6 +97,6 @@ class PrecomputeMixin(ScoringMixin):
         return found
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """What TRL calls for each batch of the pass."""
+        """Called by TRL for each batch of the pass."""
         self._reference_passes += 1
         return self._reference_columns(self._scorer.reference_logps(inputs, model))

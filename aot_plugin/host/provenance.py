@@ -38,10 +38,10 @@ PACKAGES = (
     "trl",
     "xformers",
 )
-"""Whatever has a hand in a forward pass."""
+"""Packages that take part in a forward pass."""
 
 UNRELATED = frozenset({"_name_or_path", "_commit_hash", "use_cache", "base_model_name_or_path"})
-"""Keys of a config that say where it comes from, or what does not touch log-probabilities."""
+"""Keys of a config that say where it comes from, or that do not affect log-probabilities."""
 
 NOT_SCORING = frozenset({"data", "ot", "report"})
 """Folders of this package that no log-probability depends on."""
@@ -50,12 +50,12 @@ NOT_SCORING = frozenset({"data", "ot", "report"})
 def forward_pass(
     model: nn.Module, counts: Callable[[str], bool], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """A description of ``model``'s forward pass that JSON can hold.
+    """Describes ``model``'s forward pass as a JSON value.
 
     Args:
         model: the reference, or the policy whose adapter is disabled.
-        counts: whether a module of this name takes part (those of an adapter in training do not).
-        settings: whatever else it depends on (truncation, precision, which adapter).
+        counts: whether a module of this name takes part (those of a trained adapter do not).
+        settings: what else the pass depends on (truncation, precision, which adapter).
     """
     modules = [(name, module) for name, module in model.named_modules() if counts(name)]
     sources = {function.__module__ for _, m in modules for function in (type(m), _forward(m))}
@@ -81,13 +81,13 @@ def _configs(model: nn.Module) -> Iterator[dict[str, Any]]:
         config = getattr(module, "config", None)
         if hasattr(config, "to_dict") and not any(config is other for other in seen):
             seen.append(config)
-            # A config does not write down which kernel it was told to use.
+            # `to_dict` leaves out the attention kernel that was chosen.
             kernel = getattr(config, "_attn_implementation", None)
             yield {**described(config), "_attn_implementation": kernel}
 
 
 def _layer(name: str, module: nn.Module) -> list[str]:
-    """Its class, its forward function where somebody has exchanged that, and its sizes."""
+    """Name, class, forward function (which may have been patched) and sizes of a module."""
     forward, kind = _forward(module), type(module)
     function = f"{forward.__module__}.{getattr(forward, '__qualname__', forward)}"
     return [name, f"{kind.__module__}.{kind.__qualname__}", function, module.extra_repr()]
@@ -108,7 +108,8 @@ def _own_files() -> Iterable[Path]:
 
 @functools.cache
 def _digest(file: Path) -> str:
-    """Of a source file: code that comes with a model has no version, nor has an edited one."""
+    """SHA-256 of a source file, since code that comes with a model or was edited has no version;
+    otherwise the file's name."""
     return file_digest(file) if file.suffix == ".py" else file.name
 
 

@@ -1,8 +1,8 @@
-"""After a killed run: what it left half written is found before anything reads it.
+"""Finds incomplete files of a killed run before anything reads them.
 
-The host writes checkpoints and prepared datasets in place. It resumes from the checkpoint of the
-highest number and reads any folder of prepared data that isn't empty, whole or not. Nodes that
-share no folder do so each from its own.
+The host writes checkpoints and prepared datasets in place. It resumes from the checkpoint with the
+highest number and reads any folder of prepared data that isn't empty, complete or not. If nodes do
+not share a folder, each reads its own.
 """
 
 import contextlib
@@ -25,23 +25,24 @@ from .nodes import ask_each_node
 LOG = get_logger("axolotl.aot_plugin.host.recovery")
 
 DATASET_FILES = ("state.json", "dataset_info.json")
-"""What ``datasets`` writes last, after all rows."""
+"""The files that ``datasets`` writes last, after all rows."""
 
 CHECKPOINT_FILE = "trainer_state.json"
-"""What the trainer writes last."""
+"""The file that the trainer writes last."""
 
 
 def discard_half_prepared(cfg: Any, preprocess: bool = False) -> None:
-    """Remove prepared data of this run that isn't whole; the host then prepares it anew.
+    """Removes incomplete prepared data of this run; the host then prepares it again.
 
     Args:
-        preprocess: the data is about to be written over, whole or not; in place, it would look
-            whole while it is being written.
+        cfg: the run's config.
+        preprocess: True if the data is about to be overwritten. Then complete data is removed as
+            well: overwritten in place, it would look complete while it is being written.
     """
     if cfg.skip_prepare_dataset:
         return
     name = load_tokenizer(cfg).name_or_path
-    # Another run may be writing there, and holds this lock.
+    # Another run that is writing there holds this lock.
     with FileLock(str(FileLockLoader(cfg).lock_file_path)):
         for entries in filter(None, (cfg.datasets, cfg.test_datasets)):
             digest = generate_dataset_hash_from_config(cfg, entries, name)
@@ -54,17 +55,19 @@ def discard_half_prepared(cfg: Any, preprocess: bool = False) -> None:
 
 
 def set_aside_half_checkpoints(cfg: Any) -> None:
-    """Rename the newest checkpoints that aren't whole on every node, so that the host resumes from
-    one that is. Every rank must call it, before the host looks for the checkpoint.
+    """Renames the newest checkpoints that are not complete on every node.
+
+    So the host resumes from one that is. Every rank must call this, before the host looks for the
+    checkpoint.
 
     Raises:
-        ValueError: if ``resume_from_checkpoint`` names one that isn't whole on every node, or if
-            every whole one is missing on some node.
+        ValueError: if ``resume_from_checkpoint`` names a checkpoint that is not complete on every
+            node, or if there are complete checkpoints, but none is complete on every node.
     """
     wanted = cfg.resume_from_checkpoint
     if isinstance(wanted, str):
         states, _ = ask_each_node(lambda: _state(Path(wanted)))
-        if set(states) not in ({"whole"}, {"missing"}):  # missing on all: the host says so
+        if set(states) not in ({"whole"}, {"missing"}):  # the host reports one that all nodes lack
             raise ValueError(
                 f"`resume_from_checkpoint: {wanted}` is {_by_node(states)}; name an earlier one, "
                 "or write `auto_resume_from_checkpoints: true`. Half written is what a killed run "
@@ -86,7 +89,7 @@ def set_aside_half_checkpoints(cfg: Any) -> None:
 
 
 def _set_aside(cfg: Any, newest: int) -> None:
-    """Rename the checkpoints of later steps than that of the newest one that is to be read."""
+    """Renames the checkpoints of steps after ``newest``."""
     while found := determine_last_checkpoint(cfg, update=False):
         path = Path(found)
         if _step(path) <= newest:
@@ -120,8 +123,8 @@ def _by_node(states: Sequence[str]) -> str:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    # Rank 0 writes the state last. Other ranks may still be writing what torch saves, which is a
-    # zip file, and has its directory at its end.
+    # Rank 0 writes the trainer state last. Other ranks may still be writing files with torch.save;
+    # these are zip files, which have their directory at the end.
     saved = (*checkpoint.glob("*.pth"), *checkpoint.glob("*.pt"))
     return _is_json(checkpoint / CHECKPOINT_FILE) and all(map(zipfile.is_zipfile, saved))
 

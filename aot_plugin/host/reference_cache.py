@@ -1,10 +1,11 @@
-"""Cached reference log-probabilities: all that they depend on, and where they lie.
+"""Cached reference log-probabilities: what they depend on, and where they are stored.
 
-TRL names them after the fingerprint that `datasets` gives the rows, on which two processes do not
-agree, and after the policy with its fresh adapter, which the reference has not. So each run of a
-sweep, and a resumed one, would compute them anew; and TRL does not look at the model's config.
+TRL names the cache after the fingerprint of the rows in `datasets`, which differs between
+processes, and after the policy's weights including those of a new adapter, which the reference does
+not have. So each run of a sweep, and a resumed run, would compute them again. Nor does TRL consider
+the model's config.
 
-Every node has a file of its own, since it may see no other node's disk. All nodes read, or all
+Every node has its own file, since it may not see the disks of others. Either all nodes read or all
 compute.
 """
 
@@ -28,13 +29,17 @@ from .provenance import described, forward_pass
 
 ROWS_AT_ONCE = 10_000
 REFERENCE_ADAPTER = "ref"
-"""TRL's frozen copy of an adapter that is trained further."""
+"""The name of TRL's frozen copy of an adapter that is trained further."""
 
 
 class Identity(NamedTuple):
-    """What reference log-probabilities depend on, as seen by one node: SHA-256 of each.
+    """SHA-256 digests of what reference log-probabilities depend on, as seen by one node.
 
-    ``weights`` is None where this process does not hold them (ZeRO-3 and FSDP share them out).
+    Attributes:
+        rows: of the token ids.
+        weights: of the reference's weights; None if this process does not hold all of them (ZeRO-3
+            and FSDP shard them).
+        computation: of the forward pass and its settings.
     """
 
     rows: str
@@ -45,13 +50,13 @@ class Identity(NamedTuple):
 def identify(
     dataset: Dataset, policy: nn.Module, ref_model: nn.Module | None, settings: dict[str, Any]
 ) -> Identity:
-    """What this process sees of rows, reference and computation.
+    """Digests of rows, reference and computation in this process.
 
     Args:
-        dataset: tokenized rows; what counts are the columns of ids, in the order of the rows.
-        policy: whose weights without the adapter in training are the reference, if there is no
-        ref_model: a model of its own.
-        settings: whatever of the run they depend on (truncation, precision).
+        dataset: tokenized rows. Only the columns of ids and the order of the rows matter.
+        policy: its weights without the trained adapter are the reference if ``ref_model`` is None.
+        ref_model: a separate reference model, if there is one.
+        settings: settings of the run that matter (truncation, precision).
     """
     model = policy if ref_model is None else ref_model
     adapters = getattr(policy, "peft_config", {})
@@ -59,7 +64,7 @@ def identify(
     frozen = adapters.get(REFERENCE_ADAPTER) if ref_model is None else None
 
     def counts(name: str) -> bool:
-        # peft writes an adapter's name as a part of the names of its modules and weights.
+        # In peft the adapter's name is a part of the names of its modules and weights.
         return trained.isdisjoint(name.split("."))
 
     settings = settings | {"adapter": described(frozen) if frozen else None}
@@ -68,10 +73,10 @@ def identify(
 
 
 def reference_key(nodes: Sequence[Identity]) -> str | None:
-    """SHA-256 (64 hexadecimal digits) of what all nodes see; None if that can't be known.
+    """SHA-256 of the identities of all nodes, 64 hexadecimal digits; None if weights are not known.
 
     Raises:
-        ValueError: if the nodes do not have the same rows, or not the same weights.
+        ValueError: if the nodes do not have the same rows and weights.
     """
     refuse_unlike_nodes("rows", [node.rows for node in nodes])
     refuse_unlike_nodes("reference weights", [node.weights for node in nodes if node.weights])
@@ -82,7 +87,7 @@ def reference_key(nodes: Sequence[Identity]) -> str | None:
 
 
 def refuse_unlike_nodes(what: str, digests: Sequence[str]) -> None:
-    """Raises ValueError if the nodes' digests of something differ."""
+    """Raises ValueError if the nodes' digests of ``what`` differ."""
     unlike = [str(node) for node, found in enumerate(digests) if found != digests[0]]
     if unlike:
         raise ValueError(
@@ -93,8 +98,9 @@ def refuse_unlike_nodes(what: str, digests: Sequence[str]) -> None:
 
 
 def refuse_unlike_rows(*datasets: Any) -> None:
-    """Raises ValueError if the nodes do not have the same rows, in the same order: every rank reads
-    its share of them by number.
+    """Raises ValueError if the nodes do not have the same rows in the same order.
+
+    Every rank reads its share of the rows by number.
 
     Args:
         datasets: tokenized rows, dictionaries of them, or None.
@@ -108,13 +114,15 @@ def refuse_unlike_rows(*datasets: Any) -> None:
 
 
 def reference_file(folder: Path, identity: Callable[[], Identity]) -> tuple[Path, bool]:
-    """This node's file, and whether it is there, whole, on every node.
-
-    If not it has a new name, the same on all nodes: runs that write at once write two files.
+    """Finds this node's cache file.
 
     Args:
-        folder: of this node; made if need be.
-        identity: ``identify`` with its arguments; the first process of a node calls it.
+        folder: folder of this node; created if needed.
+        identity: ``identify`` with its arguments; called in the first process of each node.
+
+    Returns:
+        The file, and True if every node has one. Otherwise the file is new and has the same new
+        name on all nodes, so runs that write at the same time write to different files.
     """
     nodes, here = ask_each_node(identity)
     key = reference_key(nodes)
@@ -134,7 +142,7 @@ def reference_file(folder: Path, identity: Callable[[], Identity]) -> tuple[Path
 def _weights_digest(model: nn.Module, counts: Callable[[str], bool]) -> str | None:
     found = hashlib.sha256()
     saved = model.state_dict()
-    # Buffers that are not saved (the frequencies of rotary embeddings) count as well.
+    # Including buffers that are not saved (the frequencies of rotary embeddings).
     tensors = {**dict(model.named_buffers()), **saved}
     for name in sorted(filter(counts, tensors)):
         tensor = tensors[name]
@@ -142,7 +150,7 @@ def _weights_digest(model: nn.Module, counts: Callable[[str], bool]) -> str | No
         if tensor.is_meta or isinstance(tensor, DTensor) or elsewhere:
             return None
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # Any dtype, bfloat16 too, which NumPy does not know.
+        # As bytes, since NumPy does not have every dtype (bfloat16).
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 

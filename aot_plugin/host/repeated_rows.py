@@ -1,10 +1,10 @@
-"""Rows that accelerate repeats where an epoch's rows do not fill the ranks' last micro-batches.
+"""Rows that accelerate repeats when an epoch's rows do not fill the ranks' last micro-batches.
 
-The micro-batches of an epoch are dealt out in turn, b rows to each of R ranks, until the rows run
-out; rows from the start of the epoch fill the rest (``even_batches``), so that every rank makes the
-same number of passes. In the order of the ranks, then, the repeated rows are the last ones of the
-last micro-batches. They are scored, because all ranks must make the same number of passes, and get
-mass 0 in the loss.
+The micro-batches of an epoch are distributed in turn, b rows to each of R ranks, until the rows run
+out. Rows from the start of the epoch fill the rest (``even_batches``), so that every rank makes the
+same number of passes. So in the order of the ranks, the repeated rows are the last ones of the last
+micro-batches. They are scored, because all ranks must make the same number of passes, and get mass
+0 in the loss.
 """
 
 from typing import Any
@@ -19,8 +19,8 @@ def distinct_rows(total: int, size: int, ranks: int) -> list[int]:
     """How many rows of each rank's last micro-batch of an epoch are not repeated.
 
     Args:
-        total: rows of the data.
-        size: rows of a micro-batch on one rank.
+        total: number of rows in the dataset.
+        size: number of rows of a micro-batch on one rank.
         ranks: number of ranks.
 
     Returns:
@@ -31,7 +31,7 @@ def distinct_rows(total: int, size: int, ranks: int) -> list[int]:
 
 
 def refuse_uneven_ranks(accelerator: Accelerator) -> None:
-    """Raises ValueError for what the host lets pass, and what can't be trained on several ranks."""
+    """Raises ValueError for settings that the host accepts but that don't work on several ranks."""
     if accelerator.num_processes == 1:
         return
     if not accelerator.even_batches:
@@ -50,8 +50,12 @@ def refuse_uneven_ranks(accelerator: Accelerator) -> None:
 def without_repeated_rows(trainer: Any, batch: MicroBatch) -> int:
     """Gives mass 0 to the repeated rows of a step's last micro-batch on this rank.
 
+    Args:
+        trainer: a trainer of ours.
+        batch: the micro-batch; its ``counts`` are updated in place.
+
     Returns:
-        How many of the step's micro-batches, of any rank, hold nothing else.
+        Number of the step's micro-batches, over all ranks, that contain repeated rows only.
     """
     ranks = trainer.accelerator.num_processes
     ends = trainer.accelerator.gradient_state.end_of_dataloader
@@ -60,7 +64,8 @@ def without_repeated_rows(trainer: Any, batch: MicroBatch) -> int:
     per_row = trainer._step_class.sequences_per_row
     size = len(batch) // per_row
     distinct = distinct_rows(len(trainer.train_dataset), size, ranks)
-    # Rows of several sequences stand in as many blocks, one sequence of each row in every one.
+    # If a row has several sequences, the batch consists of as many blocks, each with one sequence
+    # of every row.
     places = torch.arange(size, device=batch.counts.device).repeat(per_row)
     batch.counts.copy_(places < distinct[trainer.accelerator.process_index])
     return distinct.count(0)

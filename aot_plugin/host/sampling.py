@@ -8,10 +8,12 @@ from ..data.sampler import StratifiedSampler
 
 
 class StratifiedSamplingMixin(Trainer):
+    """Orders labelled rows so that every step has both labels (``StratifiedSampler``)."""
+
     args: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Steps with both labels, unless the YAML asks for an order of its own."""
+        """A sampler of steps with both labels, unless the YAML asks for another order."""
         self._refuse_single_rows()
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
@@ -20,7 +22,7 @@ class StratifiedSamplingMixin(Trainer):
         return StratifiedSampler(dataset["label"], self._step_rows(), seed)
 
     def _step_rows(self) -> int:
-        """The rows of an optimizer step, over all ranks."""
+        """Number of rows of an optimizer step, over all ranks."""
         accumulation = self.args.gradient_accumulation_steps
         ranks = 1 if self.accelerator.split_batches else self.accelerator.num_processes
         return self.args.train_batch_size * accumulation * ranks
