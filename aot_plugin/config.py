@@ -89,6 +89,16 @@ class AOTInputArgs(BaseModel):
             "`<output_dir>/aot` and send the plot to loggers that take images. Default `true`."
         },
     )
+    aot_kept_memory: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        json_schema_extra={
+            "description": "GiB that each rank may use for keeping the graphs of scoring passes, "
+            "which saves second forward passes. Default: on a GPU what is free after the first "
+            "step, on a CPU an eighth of its memory. 0: one micro-batch's graph only."
+        },
+    )
     aot_datasets: dict[str, dict[str, Any]] | None = Field(
         default=None,
         json_schema_extra={
@@ -121,6 +131,7 @@ class AOTTrainingArgs(AOTOptions):
         aot_start_digest: SHA-256 of that adapter's weights; "" if not known.
     """
 
+    aot_kept_memory: float | None = None
     aot_reference_folder: str = ""
     aot_start_adapter: str = ""
     aot_start_digest: str = ""
@@ -141,8 +152,8 @@ def is_desugared(cfg: Mapping[str, Any]) -> bool:
 def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Checks a raw config with ``rl: aot`` and translates it into the host's own keys.
 
-    ``aot_mode: paired`` becomes ``rl: dpo``, ``unpaired`` becomes ``rl: kto``, both with a
-    ``trainer_cls`` of ours. So data, adapters, reference model and validation are the host's own.
+    ``aot_mode: paired`` becomes ``rl: dpo``, ``unpaired`` becomes ``rl: kto``, both with our
+    ``trainer_cls``. So data, adapters, reference model and validation are the host's own.
 
     Returns:
         The keys to set. Empty for a config with another ``rl``; only keys of the adapter for a
@@ -212,6 +223,7 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
     from .report.saved_arguments import weights_digest
 
     kwargs = {key: cfg[key] for key in vars(AOTOptions())}
+    kwargs["aot_kept_memory"] = cfg.get("aot_kept_memory")
     kwargs |= {key: cfg[key] for key in FORWARDED if cfg.get(key) is not None}
     if cfg.get("early_stopping_patience"):
         kwargs.setdefault("metric_for_best_model", "loss")
@@ -237,7 +249,7 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def misspelt(key: str) -> str | None:
-    """The option of ours that a key without the prefix ``aot_`` is probably meant to be, if any."""
+    """Our option that a key without the prefix ``aot_`` is probably meant to be, if any."""
     if key.startswith("aot_"):
         return None  # refused as an unknown option, with a list of the known ones
     names = [name for name in AOTInputArgs.model_fields if name != "aot_datasets"]
@@ -250,7 +262,7 @@ def _check_keys(cfg: Mapping[str, Any]) -> None:
     from .host.keys import REFUSED
 
     if not isinstance(cfg.get("trl"), Mapping | None):
-        raise ValueError(f"`trl: {cfg['trl']}` is wrong: it holds keys of its own")
+        raise ValueError(f"`trl: {cfg['trl']}` is wrong: it must be a mapping of keys")
     # The host silently drops keys that it doesn't know.
     for key in cfg:
         if not isinstance(key, str):
@@ -289,7 +301,7 @@ def _validated(written: dict[str, Any]) -> AOTInputArgs:
         raise ValueError(
             "`aot_datasets` is written by the plugin; set options per `datasets:` entry"
         )
-    for key in ("aot_sort_epsilon", "aot_label_smoothing"):
+    for key in ("aot_sort_epsilon", "aot_label_smoothing", "aot_kept_memory"):
         if isinstance(written.get(key), bool):  # pydantic would read `true` as 1
             raise ValueError(f"`{key}: {written[key]}` is wrong: write a number")
     try:

@@ -19,8 +19,10 @@ def digest(description: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Makes the order the same in every process: that of a set differs from run to run, and keys of
-    different types can't be sorted."""
+    """Converts a value to one whose JSON is the same in every process.
+
+    The order of a set differs from run to run, and keys of different types can't be sorted.
+    """
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):

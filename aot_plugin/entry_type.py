@@ -29,6 +29,6 @@ def encode(mode: str, resolved: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def decode(attribute: str) -> tuple[str, str] | None:
-    """(mode, key) from the name of an attribute; None if it is not a type of ours."""
+    """(mode, key) from the name of an attribute; None if it is not one of our types."""
     mode, _, key = attribute.partition("_")
     return (mode, key) if mode in MODES and key else None

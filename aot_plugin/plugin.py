@@ -98,8 +98,11 @@ class AOTPlugin(BasePlugin):
         return {**training_args(cfg), "save_on_each_node": not shared}
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        """A short console line per log, and callbacks for keys of the host that it reads only in
-        supervised fine-tuning; none if ``rl`` is not ``aot``."""
+        """The callbacks of a run; none if ``rl`` is not ``aot``.
+
+        They print a short console line per log, and implement keys that the host reads only in
+        supervised fine-tuning.
+        """
         if not is_desugared(cfg) or not self._speaks():
             return []
         from .host.callbacks import callbacks

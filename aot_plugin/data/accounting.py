@@ -145,8 +145,7 @@ def count_rows(
 def _without_identical(
     found: Sequence[tuple[int | None, Rendered | Drop]], tokenizer: Any
 ) -> Iterator[tuple[int | None, Rendered | Drop]]:
-    """Drops pairs whose responses have the same token ids, even if their texts differ: they express
-    no preference."""
+    """Drops pairs whose responses have the same token ids: they express no preference."""
     same = iter(same_ids([row[1:] for _, row in found if not isinstance(row, Drop)], tokenizer))
     for number, row in found:
         identical = not isinstance(row, Drop) and next(same)

@@ -55,7 +55,7 @@ def resolve_unpaired_datasets(
     """``resolve_datasets`` for one list of an unpaired run.
 
     Returns:
-        The entries for the host, and the options of ours by the hash that their types end in.
+        The entries for the host, and our options by the hash that ends the entry's type.
     """
     return _resolve(entries, "unpaired", where, {})
 

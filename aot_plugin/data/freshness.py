@@ -53,7 +53,7 @@ def load_fresh[Loaded](cfg: Any, load: Callable[[], Loaded]) -> Loaded:
     Processes may arrive at any time. Rows are checked and removed under the host's lock, by the
     first process that gets it. The host acquires the lock again by itself. In between, another run
     with other settings may prepare its rows, or a file may be edited; so the sources are checked
-    again after loading, and if they differ all is repeated.
+    again after loading, and everything is repeated if they differ.
 
     Args:
         cfg: the run's config.
@@ -96,8 +96,10 @@ def load_fresh[Loaded](cfg: Any, load: Callable[[], Loaded]) -> Loaded:
 
 @contextlib.contextmanager
 def _without_cache(off: bool) -> Iterator[None]:
-    """Disables the cache of `datasets`, which identifies a function of an importable module by name
-    alone."""
+    """Disables the cache of `datasets` if ``off``.
+
+    The cache identifies a function of an importable module by its name alone.
+    """
     caching = datasets.is_caching_enabled()
     if off:
         datasets.disable_caching()
@@ -109,8 +111,10 @@ def _without_cache(off: bool) -> Iterator[None]:
 
 
 def sources_file(folder: Path) -> Path:
-    """The file that records the sources of a folder's rows. It is not in the folder, since the host
-    takes any folder that isn't empty for prepared rows."""
+    """The file that records the sources of a folder's rows.
+
+    It is beside the folder, since the host takes any folder that isn't empty for prepared rows.
+    """
     return folder.with_name(f"aot_sources_{folder.name}.json")
 
 
@@ -129,8 +133,10 @@ def _is_fresh(folder: Path, files: list[Path], settings: Mapping[str, Any]) -> b
 
 
 def _keep_if_fresh(folder: Path, files: list[Path], settings: Mapping[str, Any]) -> bool:
-    """Whether a split has prepared rows that are fresh. Stale rows are removed, and the current
-    sources are recorded."""
+    """Whether a split has prepared rows that are fresh.
+
+    Stale rows are removed, and the current sources are recorded for the rows to come.
+    """
     change = _change(_written(sources_file(folder)), files, settings)
     if any(folder.glob("*")):
         if not change:
@@ -218,7 +224,7 @@ def _behaviour(tokenizer: Any) -> Iterator[str]:
 
 
 def _sources(cfg: Any, entries: Iterable[Any]) -> Iterator[Path]:
-    """The local files from which the rows of some entries are prepared."""
+    """Yields the local files from which the rows of some entries are prepared."""
     yield from _folder_files(Path(cfg.tokenizer_config or cfg.base_model), TOKENIZER_FILES)
     yield from _file(cfg.chat_template_jinja)
     options: Mapping[str, Any] = cfg.aot_datasets or {}
@@ -265,8 +271,10 @@ def _file(text: str | None) -> Iterator[Path]:
 
 
 def _module(kind: str) -> Iterator[Path]:
-    """Source files of a strategy that is neither the host's nor ours, with those of the user's
-    modules that it imports."""
+    """Yields the source files of a strategy that is neither the host's nor ours.
+
+    They include those of the user's own modules that it imports.
+    """
     from .strategy import strategies
 
     names = {kind.rpartition(".")[0]}
@@ -290,7 +298,7 @@ def _code(name: str, seen: set[str], imported: bool = False) -> Iterator[Path]:
     if file is None or file.suffix != ".py":
         return
     if any(file.is_relative_to(sysconfig.get_path(which)) for which in ("purelib", "platlib")):
-        if not imported:  # what an installed strategy imports changes only with its releases
+        if not imported:  # imports of an installed strategy are expected to change with releases
             yield file
         return
     if file.is_relative_to(sysconfig.get_path("stdlib")):

@@ -79,8 +79,8 @@ class _Kept(SFTDataset, DPODataset, KTODataset):
     """An entry that the host's validation leaves unchanged.
 
     The host converts an entry to the class of its ``rl``, which drops keys; and an entry that is
-    not an instance of its SFT class to that class, which restricts the values of others (``weight``
-    is at most 1). It leaves an instance of both classes as it is.
+    not an instance of its SFT class to that class, which restricts the values of other keys
+    (``weight`` is at most 1). It leaves an instance of both classes as it is.
     """
 
 

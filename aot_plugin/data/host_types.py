@@ -77,8 +77,7 @@ def _null_shows(row: dict[str, Any], name: str, strategy: Strategy, texts: Seque
 
 
 def _shape(value: Any) -> Any:
-    """What decides whether a type can represent a value: the roles of its turns, and which of them
-    have tool calls."""
+    """What decides whether a type can represent a value: roles and presence of tool calls."""
     if not isinstance(value, list):
         return type(value).__name__
     return tuple(
@@ -123,8 +122,7 @@ def _lost(row: dict[str, Any], name: str, strategy: Strategy, texts: Sequence[st
 def _other_prompt(
     row: dict[str, Any], name: str, strategy: Strategy, texts: Sequence[str]
 ) -> str | None:
-    """The problem of a conversation whose earlier turns are not in the row's prompt; None if they
-    are."""
+    """The problem of a conversation whose earlier turns are not in the row's prompt, if so."""
     value = row[name]
     made = _made(row, strategy, texts) if _is_conversation(value) else None
     if made is None or all(str(turn["content"]) in made[0] for turn in value[:-1]):

@@ -47,7 +47,7 @@ SPLITS = {"train": "datasets", "test": "test_datasets"}
 
 
 def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
-    """Loads the datasets of a run of ours, for the plugin's ``load_datasets`` hook.
+    """Loads the datasets of an ``rl: aot`` run, for the plugin's ``load_datasets`` hook.
 
     The datasets come from the host's own ``load_preference_datasets``. The main process logs once
     how many rows of every entry were kept and dropped, and stores the counts next to the prepared
@@ -103,8 +103,10 @@ def _log_counts(counts: list[RowCounts], mode: str) -> None:
 
 
 def _without_identical(dataset: Dataset, split: str) -> Dataset:
-    """Drops pairs whose chosen and rejected texts are equal, which entries with one of Axolotl's
-    types may contain. Those of our types have been dropped before."""
+    """Drops pairs of Axolotl's types whose chosen and rejected texts are equal.
+
+    Those of our types have been dropped before.
+    """
     if not is_text(dataset, "paired"):
         return dataset
     chosen, rejected = (dataset.with_format("arrow")[name] for name in COMPLETIONS["paired"])
@@ -185,8 +187,10 @@ def _taken(dataset: Dataset, entry: Any, cfg: Any) -> tuple[Dataset, np.ndarray 
 
 @contextlib.contextmanager
 def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Replaces a function of the host, since it has no hook between reading and preparing rows. The
-    new function gets the original as its first argument."""
+    """Replaces a function of the host by one that gets the original as its first argument.
+
+    The host has no hook between reading and preparing the rows.
+    """
     original = getattr(module, name)
     setattr(module, name, partial(function, original))
     try:
@@ -196,8 +200,10 @@ def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[
 
 
 def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kwargs: Any) -> Any:
-    """Loads the rows of an entry as its type reads them; the host's RL loader would read every row
-    once, unchanged."""
+    """Loads the rows that an entry's type reads.
+
+    The host's RL loader would read every row once, unchanged.
+    """
     dataset = _all_rows(load(entry, *args, **kwargs))
     if _resolved(entry, cfg) is None:
         check_host_type(dataset, entry, cfg)
@@ -235,8 +241,10 @@ def _refuse_empty(dataset: Dataset, cfg: Any, split: str) -> None:
 def _save_rows(
     save: Callable[..., Any], cfg: Any, dataset: Dataset, digest: str, split: str
 ) -> None:
-    """Saves prepared rows, and refuses an empty set: the host could not read it back, and would not
-    say why."""
+    """Saves prepared rows.
+
+    An empty dataset is refused: the host could not read it back, and would not say why.
+    """
     _refuse_empty(dataset, cfg, split)
     save(cfg, dataset, digest, split)
 
@@ -246,7 +254,7 @@ def _show_labels(
 ) -> None:
     """Shows example rows for ``--debug``.
 
-    Rows with token ids of ours are shown as the host shows SFT rows, with exactly the ids that are
+    Rows with our token ids are shown as the host shows SFT rows, with exactly the ids that are
     trained on. (For preference rows the host tokenizes prompt and completion separately.)
     """
     for row in dataset.select(range(num_examples)):

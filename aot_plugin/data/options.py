@@ -167,8 +167,10 @@ class ThreadsOptions(ConversationOptions):
 
 
 def plain(value: Any) -> Any:
-    """Converts nested mappings and lists to built-in ones; the host's config wraps mappings in a
-    class whose missing keys are None."""
+    """Converts nested mappings and sequences to built-in dicts and lists.
+
+    The host's config wraps mappings in a class whose missing keys are None.
+    """
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

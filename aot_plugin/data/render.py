@@ -275,8 +275,10 @@ def _common_suffix(one: str, other: str) -> str:
 
 
 def _added(prompt: str, whole: str) -> str | None:
-    """What a rendering appends to the prompt, apart from white space at the prompt's end; None if
-    it does not begin with the prompt."""
+    """What a rendering appends to the prompt; None if it does not begin with the prompt.
+
+    White space at the end of the prompt may differ.
+    """
     if whole.startswith(prompt):
         return whole[len(prompt) :]
     same = len(_common_prefix(prompt, whole))
@@ -284,8 +286,14 @@ def _added(prompt: str, whole: str) -> str | None:
 
 
 def _closed(prompt: str, whole: str, answered: int | None) -> str | None:
-    """The answer, which begins at ``answered``, if the prompt continues there with a block that it
-    closes itself; otherwise None. A block that is left open has an odd number of tags."""
+    """The answer, if the prompt ends with a block that it closes itself; otherwise None.
+
+    Args:
+        prompt: the prompt.
+        whole: the whole conversation.
+        answered: where the answer begins in ``whole``, and the block in ``prompt``; None if not
+            known. A block that is left open has an odd number of tags.
+    """
     if answered is None or prompt[:answered] != whole[:answered]:
         return None
     tags = TAG.findall(prompt[answered:])

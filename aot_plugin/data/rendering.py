@@ -1,5 +1,7 @@
-"""Stores in a run's output folder how its rows were rendered, so that the report scores the same
-tokens."""
+"""Stores in a run's output folder how its rows were rendered.
+
+The report reads it, so that it scores the tokens on which the run was trained.
+"""
 
 import json
 from collections.abc import Mapping
@@ -20,8 +22,10 @@ OPTIONS = ("system_prompt", "roles", "message_property_mappings")
 
 
 def save_rendering(cfg: Mapping[str, Any], tokenizer: Any) -> None:
-    """Writes the chat templates (as text) that the entries of a run use, with their keys. Writes
-    nothing if no entry is rendered with a chat template."""
+    """Writes the chat templates (as text) that the entries of a run use, with their keys.
+
+    Nothing is written if no entry is rendered with a chat template.
+    """
     template = template_config(cfg)
     found = []
     for resolved in (cfg.get("aot_datasets") or {}).values():

@@ -109,8 +109,10 @@ def listwise_examples(row: Row, options: ListwiseOptions) -> Iterator[Outcome]:
 
 
 def threads_examples(row: Row, options: ThreadsOptions) -> Iterator[Outcome]:
-    """The answers to one message of a tree (``threads``); the one of best rank (0 is the best) is
-    positive, the one of worst rank negative."""
+    """The answers to one message of a tree (``threads``).
+
+    The answer of best rank (0 is the best) is positive, that of worst rank negative.
+    """
     ranks = [(reply["rank"], options.field_rank) for reply in row["replies"]]
     labels = _best_and_worst(ranks, lower_is_better=True)
     texts = [(reply["text"], options.field_text) for reply in row["replies"]]

@@ -191,8 +191,7 @@ def ids_of(kept: Sequence[Rendered], mode: str, tokenizer: Any) -> list[list[lis
 
 
 def _pair(outcomes: list[Outcome]) -> tuple[Example, Example] | Drop:
-    """The chosen and the rejected example of a row, or why they are dropped: they need the same
-    prompt."""
+    """The chosen and the rejected example of a row, which need the same prompt."""
     chosen, rejected = outcomes
     if isinstance(chosen, Drop) or isinstance(rejected, Drop):
         return chosen if isinstance(chosen, Drop) else rejected  # type: ignore[return-value]

@@ -1,11 +1,11 @@
 """Token ids of rendered strings, in both modes, in place of TRL's own tokenization.
 
-TRL tokenizes the prompt, then prompt and completion together, and takes the ids beyond the length
-of the prompt's for the completion. Where a token spans the boundary of the two, the first
-characters of the completion are lost. Where a template has written the begin-of-sequence token,
-there are two. And a completion that ends with another end-of-turn token still gets an
-end-of-sequence token. So the trainer uses the ids that are made here: by our strategies for the
-rows that they render, and for text of other strategies when the trainer prepares the dataset.
+TRL tokenizes the prompt, then prompt and completion together, and cuts the latter at the length of
+the former to get the completion. Where a token spans the boundary of the two, the first characters
+of the completion are lost. Where a template has written the begin-of-sequence token, there are two.
+And a completion that ends with another end-of-turn token still gets an end-of-sequence token. So
+the trainer uses the ids that are made here: by our strategies for the rows that they render, and
+for text of other strategies when the trainer prepares the dataset.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def ids_columns(mode: str) -> dict[str, str]:
 
 
 def features(mode: str) -> Features:
-    """Features of a prepared row of ours: the columns that the host expects, and our token ids."""
+    """Features of rows that we prepare: the columns that the host expects, and our token ids."""
     texts = {name: Value("string") for name in ("prompt", *COMPLETIONS[mode])}
     label = {"label": Value("bool")} if mode == "unpaired" else {}
     return Features(

@@ -152,8 +152,10 @@ def _saved_config(start: Path, said: str) -> dict[str, Any]:
 
 
 def _check_contradictions(cfg: Mapping[str, Any], saved: Mapping[str, Any], said: str) -> None:
-    """Raises ValueError for keys that contradict the saved adapter: it is trained as it was saved,
-    so they would have no effect."""
+    """Raises ValueError for keys that contradict the saved adapter.
+
+    The adapter is trained as it was saved, so such keys would have no effect.
+    """
     contradictions = []
     for key, name in SAVED_AS.items():
         written, is_saved = _plain(cfg.get(key)), _plain(saved.get(name))
@@ -176,8 +178,7 @@ def _check_contradictions(cfg: Mapping[str, Any], saved: Mapping[str, Any], said
 
 
 def _plain(value: Any) -> Any:
-    """Normalizes a value for comparison: the order of a list and the kind of an empty value do not
-    matter."""
+    """Normalizes a value for comparison: list order and kinds of empty values do not matter."""
     if isinstance(value, str) or not value:
         return value or None
     return sorted(value, key=str) if isinstance(value, list | tuple | set) else value

@@ -185,8 +185,9 @@ def _renamed(parts: list[str]) -> list[str]:
 
 
 def save_adapter_only(policy: Any, arguments: Any) -> None:
-    """Makes every later save of the model write only the trained adapter and its
-    ``modules_to_save``.
+    """Makes every later save of the model write only the trained adapter.
+
+    This includes the adapter's ``modules_to_save``.
 
     peft would save the frozen copy as well. And the host keeps the base model that it loaded, into
     which TRL has inserted its adapter. It saves that model to ``output_dir`` at the end, after an

@@ -16,7 +16,7 @@ from transformers import (
 
 
 def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
-    """The callbacks of a run of ours; the host adds its two only in supervised fine-tuning."""
+    """The callbacks of a run; the host adds its two only in supervised fine-tuning."""
     rows = "pairs" if cfg["aot_mode"] == "paired" else "rows"
     found: list[TrainerCallback] = [StepLine(rows, trainer.accelerator.num_processes)]
     if cfg.early_stopping_patience:

@@ -149,8 +149,10 @@ def first_scores(
 
 @contextmanager
 def _random_rounding(model: Any, eps: float) -> Iterator[None]:
-    """Shifts the output of every module by up to one unit in the last place: another order of
-    summation, or another kernel, changes it by no more than that."""
+    """Shifts the output of every module by up to one unit in the last place.
+
+    Another order of summation, or another kernel, changes it by no more than that.
+    """
 
     def shift(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -173,7 +175,7 @@ def refuse_inexact(trainer: Any) -> None:
     """Raises ValueError for settings that are known not to be exact, before any row is scored.
 
     Args:
-        trainer: a trainer of ours after its construction.
+        trainer: one of our trainers, after its construction.
     """
     if trainer._is_vision_dataset:
         raise ValueError("`rl: aot` trains on text; the data set has an image column")

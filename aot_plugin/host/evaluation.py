@@ -84,8 +84,9 @@ class EvaluationMixin(ScoringMixin):
         return metrics
 
     def _record(self, columns: np.ndarray) -> dict[str, float]:
-        """Writes the evaluation and its plot to the output directory, and sends the plot to the
-        loggers that accept images.
+        """Writes the evaluation and its plot to the output directory.
+
+        The plot is also sent to the loggers that accept images.
 
         Args:
             columns: as from ``prediction_step``, for all rows.

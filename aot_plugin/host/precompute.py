@@ -1,4 +1,4 @@
-"""Reference log-probabilities before the first step: TRL's pass, with file names of ours."""
+"""Reference log-probabilities before the first step: TRL's pass, with our own cache files."""
 
 from pathlib import Path
 from typing import Any

@@ -108,8 +108,10 @@ def _own_files() -> Iterable[Path]:
 
 @functools.cache
 def _digest(file: Path) -> str:
-    """SHA-256 of a source file, since code that comes with a model or was edited has no version;
-    otherwise the file's name."""
+    """SHA-256 of a source file; the name of any other file.
+
+    Code that comes with a model has no version, nor does edited code.
+    """
     return file_digest(file) if file.suffix == ".py" else file.name
 
 

@@ -51,7 +51,7 @@ def without_repeated_rows(trainer: Any, batch: MicroBatch) -> int:
     """Gives mass 0 to the repeated rows of a step's last micro-batch on this rank.
 
     Args:
-        trainer: a trainer of ours.
+        trainer: one of our trainers.
         batch: the micro-batch; its ``counts`` are updated in place.
 
     Returns:

@@ -49,7 +49,9 @@ def record_evaluation(scores: Scores, output_dir: str | os.PathLike[str]) -> dic
 
 
 def _resamples_within_seconds(scores: Scores) -> int:
-    """Number of bootstrap resamples: 1000, fewer beyond 20,000 completions, since training waits
-    for these intervals."""
+    """Number of bootstrap resamples: 1000, fewer beyond 20,000 completions.
+
+    Training waits for these intervals.
+    """
     completions = len(scores.chosen_tokens) + len(scores.rejected_tokens)
     return max(100, min(1000, 20_000_000 // max(1, completions)))

@@ -30,8 +30,13 @@ def find_arguments(run: Path) -> tuple[Path | None, list[Path]]:
 
 
 def start_adapter(run: Path) -> str | None:
-    """The adapter from which the training of ``run`` started (``lora_model_dir``), a frozen copy of
-    which was its reference; None if that was the base model, or if it is not known."""
+    """The adapter from which the training of ``run`` started (``lora_model_dir``).
+
+    A frozen copy of it was the reference.
+
+    Returns:
+        Its path or name; None if the reference was the base model, or if it is not known.
+    """
     return _saved(run, "aot_start_adapter")
 
 
@@ -41,8 +46,11 @@ def start_digest(run: Path) -> str | None:
 
 
 def check_start(run: Path, adapter: str) -> None:
-    """Raises ValueError if an adapter's weights are known to differ from those with which the
-    training of ``run`` started, whatever their paths."""
+    """Checks that an adapter has the weights with which the training of ``run`` started.
+
+    Raises:
+        ValueError: if the weights are known to differ. Paths do not matter.
+    """
     before, now = start_digest(run), weights_digest(Path(adapter))
     if before and now and before != now:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Scores given rows with a saved model, under the policy and under its reference.
 
 So any output directory can be compared, including those of the host's ``rl: dpo``, ``ipo`` and
-``kto``, which contain no evaluations of ours. torch, transformers and peft are imported when a
-model is loaded.
+``kto``, which contain none of our evaluation files. torch, transformers and peft are imported when
+a model is loaded.
 """
 
 from __future__ import annotations
@@ -175,8 +175,10 @@ def find_model(run: Path) -> Path:
 
 
 def read_step(saved: Path) -> int:
-    """The optimizer step of a saved model, read from its trainer state or that of its latest
-    checkpoint; 0 if there is none."""
+    """The optimizer step of a saved model; 0 if it is not known.
+
+    It is read from the model's trainer state or that of its latest checkpoint.
+    """
     for place in [saved, *reversed(checkpoints(saved))]:
         state = place / "trainer_state.json"
         if state.is_file():
@@ -326,8 +328,11 @@ def _logps(
 
 
 def _padded(sequences: Sequence[TokenSequence], device: Any) -> dict[str, Any]:
-    """``input_ids``, ``attention_mask`` and ``completion_mask``, each [rows, width] int64, padded
-    on the right."""
+    """Collates sequences, padded on the right.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``completion_mask``, each [sequences, width] int64.
+    """
     import torch
 
     width = max(len(s.prompt) + len(s.completion) for s in sequences)
