@@ -15,6 +15,7 @@ from ..scoring.layout import settle_layouts
 from ..scoring.model_input import Batch
 from ..scoring.scorer import Scorer
 from ..step.engine import MicroBatch
+from .speed import in_ddp, may_retry
 
 
 class ScoringMixin(Trainer):
@@ -43,7 +44,8 @@ class ScoringMixin(Trainer):
         # Made when it is first asked for: TRL precomputes reference log-probabilities, in its
         # construction.
         return Scorer(
-            policy=lambda: self.model_wrapped,
+            policy=lambda: self.model if in_ddp(self) else self.model_wrapped,
+            wrapped=lambda: self.model_wrapped,
             head=lambda: self.model.get_output_embeddings(),
             reference=self._as_reference,
             settle=lambda model: settle_layouts(
@@ -57,6 +59,7 @@ class ScoringMixin(Trainer):
             with_gradient=self.compute_loss_context_manager,
             without_gradient=self._without_gradient,
             multiple=self._pad_to_multiple_of,
+            may_retry=lambda: may_retry(self),
         )
 
     def _widest_row(self) -> int | None:

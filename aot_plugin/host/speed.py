@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from ..scoring.logps import why_head_is_not_chunked
@@ -9,11 +10,11 @@ from ..step.budget import Permits, gradients_that_fit
 
 
 def why_graph_is_not_kept(trainer: Trainer) -> str | None:
-    """What forbids to score the last micro-batch of a step with gradient, so that it would need no
-    second forward pass; None if nothing does.
+    """What forbids to score a micro-batch with gradient, so that it needs no second forward pass;
+    None if nothing does.
 
-    A wrapper that counts forward and backward passes does (DDP, DeepSpeed, FSDP), and so does a
-    training step of the host's that offloads activations.
+    A wrapper forbids it if every backward pass must follow a forward pass through the wrapper
+    (DeepSpeed, FSDP), and so does a training step of the host's that offloads activations.
     """
     args: Any = trainer.args
     if getattr(args, "activation_offloading", False):
@@ -24,21 +25,43 @@ def why_graph_is_not_kept(trainer: Trainer) -> str | None:
         return "DeepSpeed counts the model's passes"
     if getattr(trainer, "is_fsdp_enabled", False):
         return "FSDP counts the model's passes"
-    if trainer.accelerator.num_processes > 1:
-        return "several ranks"
     if args.torch_compile:
         return "`torch_compile` is on"
-    return f"the model is wrapped in {type(trainer.model_wrapped).__name__}"
+    wrapper = in_ddp(trainer)
+    if wrapper is None:
+        return f"the model is wrapped in {type(trainer.model_wrapped).__name__}"
+    return "`ddp_static_graph` counts the model's passes" if wrapper.static_graph else None
+
+
+def in_ddp(trainer: Trainer) -> DistributedDataParallel | None:
+    """The DDP wrapper, if that is all that is around the model."""
+    wrapper = trainer.model_wrapped
+    if isinstance(wrapper, DistributedDataParallel) and wrapper.module is trainer.model:
+        return wrapper
+    return None
 
 
 def permits(trainer: Trainer) -> Permits:
-    """Which carries that avoid a second forward pass are allowed in this run."""
-    return Permits(why_graph_is_not_kept(trainer), why_gradients_are_not_held(trainer))
+    """What this run's wrapper and settings allow a step to do."""
+    return Permits(
+        why_graph_is_not_kept(trainer),
+        why_gradients_are_not_held(trainer),
+        synchronizes=in_ddp(trainer) is not None,
+        may_retry=may_retry(trainer),
+    )
+
+
+def may_retry(trainer: Trainer) -> bool:
+    """Whether this rank may cut what does not fit into its memory. Where weights are sharded, all
+    ranks must make the same passes; and offloading keeps count of what a failed pass has saved."""
+    args: Any = trainer.args
+    sharded = getattr(trainer, "is_deepspeed_enabled", False) or trainer.is_fsdp_enabled
+    return not (sharded or getattr(args, "activation_offloading", False))
 
 
 def why_gradients_are_not_held(trainer: Trainer) -> str | None:
-    """What forbids to score rows along with their gradients, so that they would need no second
-    forward pass; None if nothing does.
+    """What forbids to take the gradient of a row's score along with the score, so that the row
+    needs no second forward pass; None if nothing does.
 
     In fp16 the gradients would lack the scale of the loss; reentrant checkpointing can't give a
     gradient without adding it to the step's.
@@ -80,7 +103,7 @@ def speed_features(trainer: Trainer, why_not_shared: str | None) -> str:
     reasons = {
         "shared prompts": why_not_shared,
         held: why_not_held,
-        "kept graph": alone or all_held or why_graph_is_not_kept(trainer),
+        "kept graphs": alone or all_held or why_graph_is_not_kept(trainer),
         "chunked LM head": why_head_is_not_chunked(model.get_output_embeddings()),
     }
     return "; ".join(

@@ -10,6 +10,9 @@ Batch = dict[str, Any]
 [sequences, width] int64. The prompt of a sequence is what stands before its first completion
 token."""
 
+FIELDS = ("input_ids", "attention_mask", "completion_mask")
+"""Names of a batch's tensors."""
+
 
 @dataclass(frozen=True)
 class ModelInput:
@@ -42,7 +45,5 @@ class ModelInput:
 
 def padded_rows(batch: Batch) -> ModelInput:
     """The batch as it is: one sequence per row."""
-    ids, attention, completion = (
-        batch[name] for name in ("input_ids", "attention_mask", "completion_mask")
-    )
+    ids, attention, completion = (batch[name] for name in FIELDS)
     return ModelInput(ids, attention, completion, sequences=len(ids))

@@ -1,16 +1,21 @@
 """Scores batches under policy and reference, and records each forward pass."""
 
+import gc
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .layout import Layouts
 from .logps import sequence_logps, weighted_logps_sum
-from .model_input import Batch, ModelInput, padded_rows
+from .model_input import FIELDS, Batch, ModelInput, padded_rows
 from .shared_prompts import share_prompts
+
+LOG = logging.getLogger(f"axolotl.{__name__}")
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -37,7 +42,9 @@ class Scorer:
     """Scores batches with one run's models, precision and layout.
 
     Args:
-        policy: returns the policy as currently wrapped (DDP, DeepSpeed, FSDP, torch.compile).
+        policy: returns the policy as it is scored.
+        wrapped: returns the policy as the host has wrapped it. It is another module than ``policy``
+            under DDP, whose forward pass arms the synchronization of gradients.
         head: returns the policy's LM head.
         reference: context manager that takes the wrapped policy and yields (model, LM head) of the
             reference, for instance the policy with its adapter disabled.
@@ -45,22 +52,27 @@ class Scorer:
         with_gradient: context of passes with gradient (autocast).
         without_gradient: context of passes without.
         multiple: row widths are rounded up to a multiple of it.
+        may_retry: returns True if this rank may run more passes than the others.
     """
 
     def __init__(
         self,
         policy: Callable[[], nn.Module],
+        wrapped: Callable[[], nn.Module],
         head: Callable[[], nn.Module],
         reference: Callable[[nn.Module], AbstractContextManager[tuple[nn.Module, nn.Module]]],
         settle: Callable[[nn.Module], Layouts],
         with_gradient: Context,
         without_gradient: Context,
         multiple: int = 1,
+        may_retry: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._policy, self._head, self._reference = policy, head, reference
+        self._policy, self._wrapped, self._head = policy, wrapped, head
+        self._reference = reference
         self._settle = settle
         self._with_gradient, self._without_gradient = with_gradient, without_gradient
-        self._multiple = multiple
+        self._multiple, self._may_retry = multiple, may_retry
+        self._most = float("inf")  # padded tokens of the largest batch that fits into memory
         self._layouts: Layouts | None = None
         self._passes: list[Pass] = []
 
@@ -71,25 +83,29 @@ class Scorer:
             batch: the sequences.
             model: the policy, if another wrapping than that of training is in use (evaluation).
         """
-        model = self._policy() if model is None else model
-        with self._without_gradient():
-            return sequence_logps(model, self._head(), self._arranged(batch, model, "policy"))
+        policy = self._policy() if model is None else model
+
+        def score(batch: Batch) -> Tensor:
+            with self._without_gradient():
+                return sequence_logps(policy, self._head(), self._arranged(batch, policy, "policy"))
+
+        return self._that_fits(score, batch)
 
     def logps_apart(self, batch: Batch) -> Tensor:
         """``logps`` with one sequence per row, whatever the layout."""
         with self._without_gradient():
             return sequence_logps(self._policy(), self._head(), padded_rows(batch))
 
-    def logps_with_graph(self, batch: Batch) -> Tensor:
-        """``logps`` with the graph to the policy's parameters."""
-        model = self._policy()
+    def logps_with_graph(self, batch: Batch, wrapped: bool = False) -> Tensor:
+        """``logps`` with the graph to the policy's parameters, by its own module or the wrapper."""
+        model = self._wrapped() if wrapped else self._policy()
         with self._with_gradient():
             inputs = self._arranged(batch, model, "policy", gradient=True)
             return sequence_logps(model, self._head(), inputs)
 
-    def weighted_sum(self, batch: Batch, weights: Tensor) -> Tensor:
+    def weighted_sum(self, batch: Batch, weights: Tensor, wrapped: bool = False) -> Tensor:
         """sum_i weights_i logp_i, [] float32 with graph, for constant weights [sequences]."""
-        model = self._policy()
+        model = self._wrapped() if wrapped else self._policy()
         with self._with_gradient():
             inputs = self._arranged(batch, model, "policy", gradient=True)
             return weighted_logps_sum(model, self._head(), inputs, weights)
@@ -101,9 +117,18 @@ class Scorer:
             batch: the sequences.
             policy: as ``model`` in ``logps``.
         """
-        policy = self._policy() if policy is None else policy
-        with self._without_gradient(), self._reference(policy) as (model, head):
-            return sequence_logps(model, head, self._arranged(batch, policy, "reference"))
+        scored = self._policy() if policy is None else policy
+
+        def score(batch: Batch) -> Tensor:
+            with self._without_gradient(), self._reference(scored) as (model, head):
+                return sequence_logps(model, head, self._arranged(batch, scored, "reference"))
+
+        return self._that_fits(score, batch)
+
+    def shape(self, batch: Batch) -> tuple[int, int]:
+        """Rows and width of the model's input for a batch."""
+        rows, width = self._input(batch, self._policy()).input_ids.shape
+        return rows, width
 
     def layouts(self, model: nn.Module | None = None) -> Layouts:
         """The layout, decided now if it has not been."""
@@ -120,8 +145,55 @@ class Scorer:
     def _arranged(
         self, batch: Batch, model: nn.Module, name: str, gradient: bool = False
     ) -> ModelInput:
-        cost = self.layouts(model).cost
-        inputs = padded_rows(batch) if cost is None else share_prompts(batch, cost, self._multiple)
+        inputs = self._input(batch, model)
         layout = "padded" if inputs.sequence is None else "shared"
         self._passes.append(Pass(name, gradient, layout, *inputs.input_ids.shape))
         return inputs
+
+    def _input(self, batch: Batch, model: nn.Module) -> ModelInput:
+        cost = self.layouts(model).cost
+        return padded_rows(batch) if cost is None else share_prompts(batch, cost, self._multiple)
+
+    def _that_fits(self, score: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """``score(batch)``, in halves if the memory does not suffice for one pass."""
+        if padded_tokens(batch) <= self._most:
+            try:
+                return score(batch)
+            except torch.OutOfMemoryError:
+                if len(batch["input_ids"]) == 1 or not self._may_retry():
+                    raise
+            # Only now, since the exception held the tensors of the failed pass.
+            free_memory()
+            if self._most == float("inf"):
+                rows, width = batch["input_ids"].shape
+                LOG.warning(
+                    "out of memory when scoring %d rows of %d tokens: they are scored in two "
+                    "passes, and so will be others as large",
+                    rows,
+                    width,
+                )
+            self._most = padded_tokens(batch) - 1
+        if len(batch["input_ids"]) == 1:
+            return score(batch)
+        return torch.cat([self._that_fits(score, half) for half in halved(batch)])
+
+
+def padded_tokens(batch: Batch) -> int:
+    """Tokens of a batch, padding included."""
+    return batch["input_ids"].numel()
+
+
+def halved(batch: Batch) -> list[Batch]:
+    """The sequences of a batch in two batches."""
+    middle = len(batch["input_ids"]) // 2
+    return [
+        {name: batch[name][part] for name in FIELDS}
+        for part in (slice(None, middle), slice(middle, None))
+    ]
+
+
+def free_memory() -> None:
+    """Returns the memory of a failed pass to the allocator and to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,29 +1,45 @@
-"""Which carry each micro-batch of a step gets, from what is permitted and what fits."""
+"""Which carry each micro-batch of a step gets, from what is permitted and what fits into memory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 HELD_SHARE = 1 / 3
 """Memory that held gradients may take in a step, as a share of what the model's weights take."""
 
+FREE_SHARE = 0.8
+"""Share of a GPU's free memory that a step may use; the rest allows for fragmentation."""
+
+CPU_SHARE = 1 / 8
+"""Memory that kept graphs may take on a CPU, as a share of the machine's. A constant, so that equal
+runs are cut equally."""
+
 
 @dataclass(frozen=True)
 class Permits:
-    """Why a carry is not allowed in this run, for the log; None if it is."""
+    """What the host's wrapper and settings allow.
+
+    Attributes:
+        why_no_kept_graph, why_no_held_gradients: why a carry is not allowed, for the log; None if
+            it is.
+        synchronizes: True if the last backward pass of a step must follow a forward pass through
+            the wrapper (DDP).
+        may_retry: True if a rank may run more passes than the others, so that a micro-batch that
+            does not fit into memory can be cut.
+    """
 
     why_no_kept_graph: str | None
     why_no_held_gradients: str | None
-
-
-@dataclass(frozen=True)
-class Allotment:
-    """Carries of a step's micro-batches in order: the first ``held`` use HoldGradient, the next
-    ``kept`` (0 or 1) KeepGraph, the others Rescore."""
-
-    held: int
-    kept: int
+    synchronizes: bool = False
+    may_retry: bool = True
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -42,19 +58,161 @@ def gradients_that_fit(model: nn.Module) -> int:
     return int(size(model.parameters()) * HELD_SHARE / gradient) if gradient else 0
 
 
-def allot(micro_batches: int, one_row_each: bool, permits: Permits, fit: int) -> Allotment:
+HOLD, KEEP, RESCORE = CARRIES = ("HoldGradient", "KeepGraph", "Rescore")
+"""Class names of the carries, in the order of the backward passes."""
+
+
+def allot(
+    graphs: Sequence[float],
+    permits: Permits,
+    *,
+    fit: int,
+    budget: float,
+) -> list[str]:
     """Allots carries to the micro-batches of a step.
 
-    A gradient can be held for a single row only. A graph is kept for the micro-batch that is scored
-    last and back-propagated first, so that at most one graph is alive at a time.
+    The micro-batch that is scored last is back-propagated first. Its graph is always kept if that
+    is allowed: the backward pass comes next and needs it anyway. The graphs of others are kept in
+    addition, the largest first, as far as ``budget`` goes.
 
     Args:
-        micro_batches: their number.
-        one_row_each: True if every micro-batch is a single row.
+        graphs: bytes of each micro-batch's graph; inf if it has not been measured.
         permits: which carries are allowed.
-        fit: how many gradients may be held (``gradients_that_fit``).
+        fit: how many gradients may be held: 0, or if every micro-batch is a single row,
+            ``gradients_that_fit``.
+        budget: bytes for additional graphs.
+
+    Returns:
+        HOLD, KEEP or RESCORE for each micro-batch.
     """
-    may_hold = one_row_each and permits.why_no_held_gradients is None
-    held = min(micro_batches, fit) if may_hold else 0
-    kept = int(permits.why_no_kept_graph is None and held < micro_batches)
-    return Allotment(held, kept)
+    free = len(graphs) - permits.synchronizes
+    held = min(free, fit) if permits.why_no_held_gradients is None else 0
+    kinds = [HOLD] * held + [RESCORE] * (len(graphs) - held)
+    if permits.why_no_kept_graph is not None or held >= free:
+        return kinds
+    kinds[held] = KEEP
+    for number in range(held + 1, free):
+        if graphs[number] <= budget:
+            budget -= graphs[number]
+            kinds[number] = KEEP
+    return kinds
+
+
+class GraphSizes:
+    """Bytes of a scoring pass's graph, predicted from those that were measured.
+
+    A graph grows in proportion to the tokens of its rows, and at most in proportion to the square
+    of their width (masks, and scores of eager attention).
+    """
+
+    def __init__(self) -> None:
+        self._per_token = 0.0
+        self._widest = 0
+
+    def __bool__(self) -> bool:
+        return self._widest > 0
+
+    def covers(self, width: int) -> bool:
+        """Whether a graph of rows as wide has been measured."""
+        return width <= self._widest
+
+    def learn(self, rows: int, width: int, nbytes: int) -> None:
+        """Takes note of a measured graph of ``rows`` rows of ``width`` tokens."""
+        self._per_token = max(self._per_token, nbytes / (rows * width))
+        self._widest = max(self._widest, width)
+
+    def predict(self, rows: int, width: int) -> float:
+        """Bytes, at the most per token that was measured; inf if nothing was."""
+        if not self:
+            return float("inf")
+        return rows * width * self._per_token * max(1.0, width / self._widest)
+
+
+class Budget:
+    """Bytes that a step may use for kept graphs.
+
+    On a GPU: what is free at the beginning of a step, less what a step has been seen to need
+    besides, in proportion to its largest micro-batch. On a CPU: a share of the machine's memory,
+    divided by its ranks.
+
+    Args:
+        device: where the model is.
+        ranks: number of ranks that share the memory of a CPU.
+        limit: bytes that are never exceeded; None for no other limit.
+    """
+
+    def __init__(self, device: torch.device, ranks: int, limit: float | None = None) -> None:
+        self._device = device
+        self._limit = float("inf") if limit is None else limit
+        self._ranks = ranks
+        self._largest = 0
+        self._needed: float | None = None
+
+    def of_step(self, largest: int) -> float:
+        """Bytes for the step that begins now, whose largest micro-batch has ``largest`` tokens."""
+        if self._device.type != "cuda":
+            of_machine = psutil.virtual_memory().total * CPU_SHARE / self._ranks
+            return min(self._limit, of_machine)
+        available = _available(self._device)
+        if self._needed is None:
+            if not self._largest:  # the first step, after which its needs are known
+                self._largest = largest
+                return 0.0
+            peak = torch.cuda.max_memory_allocated(self._device)
+            self._needed = peak - torch.cuda.memory_allocated(self._device)
+        step = self._needed * max(1.0, largest / self._largest)
+        return max(0.0, min(self._limit, FREE_SHARE * available - step))
+
+    def lower(self, kept: float) -> None:
+        """After a step that ran out of memory with ``kept`` bytes of graphs: half of them for the
+        next ones."""
+        self._limit = min(self._limit, kept / 2)
+
+
+def _available(device: torch.device) -> float:
+    """Bytes that this process can still allocate on a GPU."""
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of tensors that were made within this context and are still alive.
+
+    Counts storages, so views count once, and on every kind of device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        given = set(map(_address, _tensors((args, kwargs))))
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in _tensors(outputs):
+            if _address(tensor) not in given:
+                storage = tensor.untyped_storage()
+                self._made[_address(tensor)] = (StorageWeakRef(storage), storage.nbytes())
+        return outputs
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for storage, size in self._made.values() if not storage.expired())
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@contextmanager
+def measured(wanted: bool) -> Iterator[Allocations | None]:
+    """Counts the tensors that are made within this context, if that is wanted."""
+    if not wanted:
+        yield None
+        return
+    with Allocations() as allocations:
+        yield allocations

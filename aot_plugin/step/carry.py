@@ -17,13 +17,17 @@ from ..scoring.scorer import Scorer
 
 
 class Carry(Protocol):
-    """One micro-batch of n sequences. Each method is called once, in this order."""
+    """One micro-batch of n sequences. Each method is called once, in this order.
 
-    def score(self) -> Tensor:
+    ``wrapped`` says whether a forward pass with gradient goes through the host's wrapper, where DDP
+    arms the synchronization of gradients.
+    """
+
+    def score(self, wrapped: bool) -> Tensor:
         """Log-probabilities of the sequences, [n] float32, in nats, detached."""
         ...
 
-    def surrogate(self, weights: Tensor) -> Tensor:
+    def surrogate(self, weights: Tensor, wrapped: bool) -> Tensor:
         """A scalar (float32) whose gradient in the policy's parameters is that of
         sum(weights x logp), for constant weights dL/dlogp, [n] float32."""
         ...
@@ -35,11 +39,11 @@ class Rescore:
     def __init__(self, scorer: Scorer, batch: Batch) -> None:
         self._scorer, self._batch = scorer, batch
 
-    def score(self) -> Tensor:
+    def score(self, wrapped: bool) -> Tensor:
         return self._scorer.logps(self._batch)
 
-    def surrogate(self, weights: Tensor) -> Tensor:
-        return self._scorer.weighted_sum(self._batch, weights)
+    def surrogate(self, weights: Tensor, wrapped: bool) -> Tensor:
+        return self._scorer.weighted_sum(self._batch, weights, wrapped)
 
 
 class KeepGraph:
@@ -49,11 +53,11 @@ class KeepGraph:
         self._scorer, self._batch = scorer, batch
         self._logps: Tensor | None = None
 
-    def score(self) -> Tensor:
-        self._logps = self._scorer.logps_with_graph(self._batch)
+    def score(self, wrapped: bool) -> Tensor:
+        self._logps = self._scorer.logps_with_graph(self._batch, wrapped)
         return self._logps.detach()
 
-    def surrogate(self, weights: Tensor) -> Tensor:
+    def surrogate(self, weights: Tensor, wrapped: bool) -> Tensor:
         assert self._logps is not None
         return (weights * self._logps).sum()
 
@@ -83,17 +87,17 @@ class HoldGradient:
         """Bytes of the held gradient."""
         return sum(g.nbytes for g in self._gradient or () if g is not None)
 
-    def score(self) -> Tensor:
-        logps = self._scorer.logps_with_graph(self._batch)
+    def score(self, wrapped: bool) -> Tensor:
+        logps = self._scorer.logps_with_graph(self._batch, wrapped)
         score = (self._signs * logps).sum()
         self._gradient = torch.autograd.grad(score, self._parameters, allow_unused=True)
         return logps.detach()
 
-    def surrogate(self, weights: Tensor) -> Tensor:
+    def surrogate(self, weights: Tensor, wrapped: bool) -> Tensor:
         gradient, self._gradient = self._gradient, None
         factors = self._signs * weights
         if (factors != factors[0]).any():
-            return self._scorer.weighted_sum(self._batch, weights)
+            return self._scorer.weighted_sum(self._batch, weights, wrapped)
         assert gradient is not None
         return scaled_gradient(factors[0], gradient, self._parameters)
 

@@ -14,6 +14,8 @@ A step of a single micro-batch is scored in stage 3, in the host's own forward p
 micro-batch with ``aot_batch: micro_batch``, where each one is a transport problem of its own.
 """
 
+import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,10 +27,24 @@ from torch import Tensor, nn
 from ..ot.losses import LossOptions, PairedLogps, StepLogps, StepLoss, UnpairedLogps
 from ..scoring.batching import Sequences
 from ..scoring.model_input import Batch
-from ..scoring.scorer import Scorer
-from .budget import Permits, allot, gradients_that_fit, trainable
+from ..scoring.scorer import Scorer, free_memory, halved, padded_tokens
+from .budget import (
+    CARRIES,
+    HOLD,
+    KEEP,
+    RESCORE,
+    Budget,
+    GraphSizes,
+    Permits,
+    allot,
+    gradients_that_fit,
+    measured,
+    trainable,
+)
 from .carry import Carry, HoldGradient, KeepGraph, Rescore
 from .record import Problem, StepRecord, emit, is_watched
+
+LOG = logging.getLogger(f"axolotl.{__name__}")
 
 
 @dataclass(frozen=True)
@@ -89,13 +105,32 @@ class Objective:
         return step, self.loss(step, self.options)
 
 
+@dataclass
+class _Work:
+    """Sequences whose contribution to the gradient is still to be computed.
+
+    Attributes:
+        batch: the sequences.
+        carry: what takes them from score to gradient.
+        weights: dL/dlogp, [sequences] float32; None before the transport stage.
+    """
+
+    batch: MicroBatch
+    carry: Carry
+    weights: Tensor | None = None
+
+
 class StepEngine:
     """Runs the optimizer steps of a training run.
+
+    The gradient is a sum over sequences, so a micro-batch that does not fit into memory can be cut
+    (``retry``).
 
     Args:
         scorer: scores batches under policy and reference.
         objective: the loss.
         model: the unwrapped policy; its trainable parameters are those that gradients refer to.
+        budget: memory for kept graphs.
         gather: maps this rank's rows to (rows of all ranks, slice of this rank's).
         ranks: number of ranks.
         permits: returns which carries are allowed; called once per step.
@@ -108,6 +143,7 @@ class StepEngine:
         scorer: Scorer,
         objective: Objective,
         model: nn.Module,
+        budget: Budget,
         *,
         gather: Callable[[Tensor], tuple[Tensor, slice]],
         ranks: int,
@@ -116,9 +152,14 @@ class StepEngine:
         report: Callable[[StepLogps], None],
     ) -> None:
         self._scorer, self._objective, self._model = scorer, objective, model
+        self._budget, self._graphs = budget, GraphSizes()
         self._gather, self._ranks, self._permits = gather, ranks, permits
         self._collate, self._report = collate, report
-        self._due: dict[int, tuple[Carry, MicroBatch, Tensor | None]] = {}
+        self._permitted = Permits(None, None)
+        self._due: dict[int, list[_Work]] = {}
+        self._done: list[_Work] = []
+        self._fits: float = math.inf  # padded tokens that a backward pass has memory for
+        self._can_retry = False
         self._record = StepRecord(0, 0)
         self._micro_batches, self._problems = 1, 1
         self._loss = 0.0
@@ -144,84 +185,208 @@ class StepEngine:
         self._micro_batches = len(batches)
         averaged = len(batches) * self._ranks
         self._problems = 1 if self._objective.whole_step else averaged - empty
+        self._permitted = self._permits()
+        self._done, self._can_retry = [], False
         self._scorer.take_passes()
         self._record = StepRecord(step, len(batches))
         if is_watched():
             ids = Sequences.from_batches([batch.inputs for batch in batches]).input_ids
             self._record.sequences = [row.tolist() for row in ids]
         if self._objective.whole_step and len(batches) > 1:
-            self._due = self._score_and_weigh(batches)
+            works = self._score_and_weigh(batches)
         else:
-            kept = (KeepGraph(self._scorer, batch.inputs) for batch in batches)
-            pairs = enumerate(zip(kept, batches, strict=True))
-            self._due = {number: (carry, batch, None) for number, (carry, batch) in pairs}
+            works = [
+                _Work(batch, self._carry(KEEP if self._fit(batch.inputs) else RESCORE, batch))
+                for batch in batches
+            ]
             ends = list(accumulate((len(batch) for batch in batches), initial=0))
             self._record.groups = [list(range(*both)) for both in pairwise(ends)]
-        self._record.carries = [type(carry).__name__ for carry, _, _ in self._due.values()]
+        self._record.carries = [type(work.carry).__name__ for work in works]
+        self._due = {number: self._cut(work) for number, work in enumerate(works)}
         self._record.seconds = time.perf_counter() - started
 
     def surrogate(self, number: int) -> Tensor:
-        """Stage 3: a scalar (float32) whose gradient is the contribution of micro-batch ``number``
-        to the step's gradient. Call once per micro-batch, from 0."""
-        carry, batch, weights = self._due.pop(number)
-        if weights is None:
-            logps = carry.score()
-            weights = self._transport(logps, batch.reference_logps(self._scorer), batch)
-        surrogate = carry.surrogate(weights)
-        if not self._due:
+        """Stage 3: a scalar (float32) whose gradient is what micro-batch ``number`` (from 0), or a
+        part of it, contributes to the step's. To be called as long as it ``is_due``."""
+        due = self._due[number]
+        work = due.pop(0)
+        # A failed pass is done again from scratch, so nothing of it is kept.
+        self._done.append(_Work(work.batch, self._carry(RESCORE, work.batch), work.weights))
+        self._can_retry = self._permitted.may_retry and (
+            len(work.batch) > 1 or not isinstance(work.carry, Rescore)
+        )
+        is_last = number == self._micro_batches - 1 and not due
+        wrapped = is_last or not self._objective.whole_step
+        if work.weights is None:
+            logps = work.carry.score(wrapped)
+            ref_logps = work.batch.reference_logps(self._scorer)
+            work.weights = self._transport(logps, ref_logps, work.batch)
+            self._done[-1].weights = work.weights
+            if isinstance(work.carry, Rescore) and not self._fit(work.batch.inputs):
+                self._done.pop()
+                due[:0] = self._cut(work)
+                return self.surrogate(number)
+        surrogate = work.carry.surrogate(work.weights, wrapped)
+        # Other ranks wait for this rank's gradients, some of which they may have by then.
+        self._can_retry &= not (wrapped and self._permitted.synchronizes)
+        return surrogate
+
+    def is_due(self, number: int) -> bool:
+        """Whether something of micro-batch ``number`` is left to do."""
+        return bool(self._due[number])
+
+    def finish(self, number: int) -> None:
+        """To be called after the backward passes of micro-batch ``number``."""
+        if number == self._micro_batches - 1:
+            self._done = []
             self._record.passes = self._scorer.take_passes()
             self._record.loss = self._loss
             emit(self._record)
-        return surrogate
+
+    @property
+    def can_retry(self) -> bool:
+        """After an out-of-memory error: False if smaller parts can't help, or if the other ranks
+        can't be kept in step."""
+        return self._can_retry
+
+    def retry(self, number: int) -> None:
+        """Makes all of the step up to micro-batch ``number`` due again, in parts that fit.
+
+        To be called after an out-of-memory error in micro-batch ``number``, if ``can_retry``. A
+        backward pass that failed may have added to the gradients, so they must be set to 0.
+        """
+        failed = self._done[-1]
+        if len(failed.batch) > 1:
+            self._fits = min(self._fits, padded_tokens(failed.batch.inputs) - 1)
+        LOG.warning(
+            "step %d ran out of memory in the backward pass of %d sequences of %d tokens; they are "
+            "cut in two, and so will be others as large. The result stays exact; a smaller "
+            "`micro_batch_size` is faster",
+            self._record.step,
+            *failed.batch.inputs["input_ids"].shape,
+        )
+        again, self._done = [*self._done, *self._due[number]], []
+        self._due[number] = [part for work in again for part in self._cut(work)]
+        for works in self._due.values():
+            for work in works:
+                work.carry = self._carry(RESCORE, work.batch)
+        self._budget.lower(self._record.kept_bytes)
+        self._record.retries += 1
+        free_memory()
 
     def abandon(self) -> None:
         """Frees the graphs, gradients and batches of a step that failed."""
         self._due.clear()
+        self._done.clear()
 
-    def _score_and_weigh(
-        self, batches: Sequence[MicroBatch]
-    ) -> dict[int, tuple[Carry, MicroBatch, Tensor | None]]:
+    def _cut(self, work: _Work) -> list[_Work]:
+        """The work in parts that fit into memory; as it is, if it has no weights yet."""
+        n, weights = len(work.batch), work.weights
+        if weights is None or self._fit(work.batch.inputs):
+            return [work]
+        halves = []
+        rows = (range(n // 2), range(n // 2, n))
+        for part, inputs in zip(rows, halved(work.batch.inputs), strict=True):
+            batch = work.batch.take(part, inputs)
+            half = _Work(batch, self._carry(RESCORE, batch), weights[part.start : part.stop])
+            halves += self._cut(half)
+        return halves
+
+    def _fit(self, batch: Batch) -> bool:
+        """False if a backward pass as large has failed, and the batch can be cut."""
+        return len(batch["input_ids"]) == 1 or padded_tokens(batch) <= self._fits
+
+    def _score_and_weigh(self, batches: Sequence[MicroBatch]) -> list[_Work]:
+        """Stages 1 and 2 of a step of several micro-batches; its work in the order of stage 3."""
         sequences = Sequences.from_batches([batch.inputs for batch in batches])
         step = _joined(batches)
+        groups, kinds = self._plan(sequences, [len(batch) for batch in batches])
+        parts = [step.take(rows, self._collate(sequences, rows)) for rows in groups]
+        carries = [self._carry(*both) for both in zip(kinds, parts, strict=True)]
+        logps = torch.empty(len(sequences), device=step.is_positive.device)
+        ref_logps = torch.empty_like(logps)
+
+        def score(number: int) -> None:
+            # Reference first, so that no graph of this micro-batch is alive then.
+            ref_logps[groups[number]] = parts[number].reference_logps(self._scorer)
+            logps[groups[number]] = self._measured_score(carries[number], parts[number])
+
+        # Graphs are kept for the passes that run last, in reverse: the last graph made is the first
+        # one to be back-propagated.
+        held = kinds.count(HOLD)
+        for number in (*range(held), *reversed(range(held, len(groups)))):
+            try:
+                score(number)
+                continue
+            except torch.OutOfMemoryError:
+                if not self._permitted.may_retry or set(kinds) == {RESCORE}:
+                    raise
+            # Only now, since the exception held the tensors of the failed pass.
+            LOG.warning(
+                "step %d ran out of memory while it kept graphs or gradients of scoring passes; it "
+                "goes on without, and later steps keep half as much. The result stays exact",
+                self._record.step,
+            )
+            kinds = [RESCORE] * len(groups)
+            carries[:] = [self._carry(*both) for both in zip(kinds, parts, strict=True)]
+            self._budget.lower(self._record.kept_bytes)
+            self._record.retries += 1
+            free_memory()
+            score(number)
+        weights = self._transport(logps, ref_logps, step)
+        self._record.groups = groups
+        self._record.held_bytes = sum(c.nbytes for c in carries if isinstance(c, HoldGradient))
+        return [
+            _Work(part, carry, weights[rows])
+            for part, carry, rows in zip(parts, carries, groups, strict=True)
+        ]
+
+    def _plan(
+        self, sequences: Sequences, sizes: Sequence[int]
+    ) -> tuple[list[list[int]], list[str]]:
+        """The sequences' indices in new micro-batches, and the kind of each one's carry: held
+        gradients first, then kept graphs. ``sizes``: sequences of the host's micro-batches."""
         row = self._objective.step_class.sequences_per_row
-        one_row_each = all(len(batch) == row for batch in batches)
-        allotted = allot(
-            len(batches), one_row_each, self._permits(), gradients_that_fit(self._model)
-        )
-        if allotted.held:
+        permits, fit = self._permitted, 0
+        if permits.why_no_held_gradients is None and all(size == row for size in sizes):
+            fit = gradients_that_fit(self._model)
+        if fit:
             # One row per micro-batch, longest first: memory peaks before any gradient is held.
             lengths = sequences.lengths()
             groups = [list(range(i, i + row)) for i in range(0, len(sequences), row)]
             groups.sort(key=lambda rows: -sum(lengths[row] for row in rows))
         else:
-            groups = sequences.groups(len(batches), self._scorer.layouts().cost)
-        parts = [step.take(rows, self._collate(sequences, rows)) for rows in groups]
-        carries = [
-            self._carry(part, number < allotted.held, number < allotted.held + allotted.kept)
-            for number, part in enumerate(parts)
+            groups = sequences.groups(len(sizes), self._scorer.layouts().cost)
+        batches = [self._collate(sequences, rows) for rows in groups]
+        shapes = [self._scorer.shape(batch) for batch in batches]
+        budget = self._budget.of_step(max(rows * width for rows, width in shapes))
+        graphs = [self._graphs.predict(*shape) for shape in shapes]
+        kinds = allot(graphs, permits, fit=fit, budget=budget)
+        kinds = [
+            kind if self._fit(batch) else RESCORE
+            for kind, batch in zip(kinds, batches, strict=True)
         ]
-        logps = torch.empty(len(sequences), device=step.is_positive.device)
-        ref_logps = torch.empty_like(logps)
-        # The graph is kept for the pass that runs last: at most one graph is alive at a time.
-        held = allotted.held
-        for number in (*range(held), *reversed(range(held, len(groups)))):
-            # Reference first, so that no graph is alive during its forward pass.
-            ref_logps[groups[number]] = parts[number].reference_logps(self._scorer)
-            logps[groups[number]] = carries[number].score()
-        weights = self._transport(logps, ref_logps, step)
-        self._record.groups = groups
-        held_ones = (carry for carry in carries if isinstance(carry, HoldGradient))
-        self._record.held_bytes = sum(carry.nbytes for carry in held_ones)
-        return {
-            number: (carry, part, weights[rows])
-            for number, (carry, part, rows) in enumerate(zip(carries, parts, groups, strict=True))
-        }
+        order = sorted(range(len(groups)), key=lambda number: CARRIES.index(kinds[number]))
+        return [groups[number] for number in order], [kinds[number] for number in order]
 
-    def _carry(self, batch: MicroBatch, hold: bool, keep: bool) -> Carry:
-        if hold:
+    def _carry(self, kind: str, batch: MicroBatch) -> Carry:
+        if kind == HOLD:
             signs = torch.where(batch.is_positive == batch.is_positive[0], 1.0, -1.0)
             return HoldGradient(self._scorer, batch.inputs, signs, trainable(self._model))
-        return (KeepGraph if keep else Rescore)(self._scorer, batch.inputs)
+        return (KeepGraph if kind == KEEP else Rescore)(self._scorer, batch.inputs)
+
+    def _measured_score(self, carry: Carry, batch: MicroBatch) -> Tensor:
+        """The scores of a micro-batch before stage 3. Takes note of how large its graph is, if it
+        is kept and none for rows as wide has been measured."""
+        if not isinstance(carry, KeepGraph):
+            return carry.score(wrapped=False)
+        rows, width = self._scorer.shape(batch.inputs)
+        with measured(not self._graphs.covers(width)) as made:
+            logps = carry.score(wrapped=False)
+        if made is not None:
+            self._graphs.learn(rows, width, made.nbytes)
+        self._record.kept_bytes += int(self._graphs.predict(rows, width))
+        return logps
 
     def _transport(self, logps: Tensor, ref_logps: Tensor, batch: MicroBatch) -> Tensor:
         """Stage 2: dL/dlogp of this rank's sequences, [sequences] float32, multiplied by what the

@@ -38,6 +38,8 @@ class StepRecord:
         loss: the step's loss as logged, before averaging over ranks.
         seconds: wall-clock time of score and transport.
         held_bytes: total size of the held gradients.
+        kept_bytes: total size of the kept graphs, as predicted from measured ones.
+        retries: how often the step ran out of memory and was cut further.
     """
 
     step: int
@@ -50,6 +52,8 @@ class StepRecord:
     loss: float = 0.0
     seconds: float = 0.0
     held_bytes: int = 0
+    kept_bytes: int = 0
+    retries: int = 0
 
 
 _watchers: list[list[StepRecord]] = []

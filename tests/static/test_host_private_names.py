@@ -127,7 +127,7 @@ def assigned(cls: type) -> set[str]:
     }
 
 
-OURS = {"_mode", "_only_evaluates", "_reference", "_step_class"}
+OURS = {"_mode", "_only_evaluates", "_reference", "_scored_with", "_step", "_step_class"}
 
 
 @pytest.mark.parametrize("host", TRAINERS.values(), ids=lambda trainer: trainer.__name__)

@@ -1,0 +1,231 @@
+"""What a step keeps in memory: exact in every proportion, within its budget, and cut when it fails.
+
+Running out of memory is simulated, since a CPU never raises ``torch.OutOfMemoryError``: the model's
+base counts the tokens of all graphs that are alive, and raises the error above a capacity.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_exact_step import LORA, Cutter, assert_differs, assert_same
+from torch import Tensor
+
+from aot_plugin.host import steps
+from aot_plugin.scoring import scorer
+from aot_plugin.step import budget, engine
+from aot_plugin.step.record import watched_steps
+
+pytestmark = pytest.mark.slow
+
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointed": {"gradient_checkpointing": True},
+    "reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+}
+CHECKPOINTING["checkpointed"]["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+SOME = 0.3
+
+
+@pytest.mark.parametrize("how", CHECKPOINTING)
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_graphs_are_kept_within_a_budget(
+    mode: str, how: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A budget for no graph beyond the free one, for some, and for all: the same run."""
+    keys = {**LORA, "learning_rate": 0.01, **CHECKPOINTING[how]}
+    cutter = Cutter(tmp_path, tiny_model, mode, **keys)
+    whole = cutter.run(16, 1)
+    with watched_steps() as everything:
+        assert_same(cutter.run(2, 8), whole)
+    # The first graph is measured in the first step, and all are kept from the second on.
+    counts = [step.carries.count("KeepGraph") for step in everything]
+    assert counts == [1, 8, 8, 8, 8]
+    assert all(len([p for p in s.passes if p.gradient]) == 8 for s in everything)
+    of_all = min(step.kept_bytes for step in everything[1:])
+
+    limit = SOME * of_all
+    with watched_steps() as some:
+        assert_same(cutter.run(2, 8, aot_kept_memory=limit / steps.GIB), whole)
+    for step in some[1:]:
+        assert 1 < step.carries.count("KeepGraph") < 8
+        # One graph is free, since its backward pass comes next.
+        assert step.kept_bytes <= limit + of_all / 4
+    with watched_steps() as none:
+        assert_same(cutter.run(2, 8, aot_kept_memory=0), whole)
+    assert [step.carries.count("KeepGraph") for step in none] == 5 * [1]
+    assert_differs(cutter.run(2, 8, aot_batch="micro_batch"), whole)
+
+
+def test_full_fine_tuning_keeps_graphs(tiny_model: Path, tmp_path: Path) -> None:
+    cutter = Cutter(tmp_path, tiny_model, "paired", learning_rate=0.001)
+    whole = cutter.run(16, 1)
+    with watched_steps() as records:
+        assert_same(cutter.run(1, 16), whole)
+    assert [step.carries.count("KeepGraph") for step in records] == [1, 16, 16, 16, 16]
+    assert_differs(cutter.run(1, 16, aot_batch="micro_batch"), whole)
+
+
+class Memory:
+    """A device that has room for so many tokens.
+
+    Args:
+        graphs: tokens of graphs alive, at most.
+        scoring: tokens of a pass without gradient, at most.
+        backward: tokens of one backward pass, at most.
+    """
+
+    def __init__(self, graphs: float = 1e9, scoring: float = 1e9, backward: float = 1e9) -> None:
+        self.graphs, self.scoring, self.backward = graphs, scoring, backward
+        self.alive = self.most_alive = self.failures = 0
+
+    def fail(self) -> None:
+        self.failures += 1
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        tokens = hidden.shape[0] * hidden.shape[1]
+        if not hidden.requires_grad:
+            if tokens > self.scoring:
+                self.fail()
+            return hidden
+        if self.alive + tokens > self.graphs:
+            self.fail()
+        return _Occupied.apply(hidden, self, tokens)
+
+    def free(self, tokens: int) -> None:
+        self.alive -= tokens
+
+
+class _Graph:
+    """Lives as long as the graph that holds it."""
+
+
+class _Occupied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, memory: Memory, tokens: int) -> Tensor:
+        ctx.graph, ctx.memory, ctx.tokens = _Graph(), memory, tokens
+        memory.alive += tokens
+        memory.most_alive = max(memory.most_alive, memory.alive)
+        weakref.finalize(ctx.graph, memory.free, tokens)
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.tokens > ctx.memory.backward:
+            ctx.memory.fail()
+        return grad.clone(), None, None
+
+
+@contextmanager
+def limited(memory: Memory) -> Iterator[list[str]]:
+    """Runs with this memory from the first step on; yields what was logged about it."""
+    forward = transformers.LlamaModel.forward
+    begin = steps.StepsMixin._begin
+    said: list[str] = []
+    inside: list[bool] = []
+
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if inside:
+            output.last_hidden_state = memory.enter(output.last_hidden_state)
+        return output
+
+    def noted(self: Any, *args: Any) -> Any:
+        if self.state.global_step > 0:  # the probe and the checks of the first step are not cut
+            inside.append(True)
+        return begin(self, *args)
+
+    def warning(text: str, *args: Any) -> None:
+        said.append(text % args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.LlamaModel, "forward", checked)
+        patch.setattr(steps.StepsMixin, "_begin", noted)
+        patch.setattr(engine.LOG, "warning", warning)
+        patch.setattr(scorer.LOG, "warning", warning)
+        yield said
+
+
+# A micro-batch of two pairs takes some 100 to 160 tokens.
+PLACES: dict[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
+    "scoring": ({"scoring": 70}, (2, 8), {}),
+    "a graph that is kept": ({"graphs": 250}, (2, 8), {}),
+    "a second forward pass": ({"graphs": 70}, (2, 8), {"aot_kept_memory": 0}),
+    "the backward pass of a kept graph": ({"backward": 70}, (2, 8), {}),
+    "the backward pass of a second pass": ({"backward": 70}, (2, 8), {"aot_kept_memory": 0}),
+    "one micro-batch, forward": ({"graphs": 300}, (16, 1), {}),
+    "one micro-batch, backward": ({"backward": 300}, (16, 1), {}),
+    "everywhere": ({"graphs": 70, "scoring": 80, "backward": 60}, (4, 4), {}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_a_micro_batch_that_does_not_fit_is_cut(
+    mode: str, place: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    sizes, cut, keys = PLACES[place]
+    cutter = Cutter(tmp_path, tiny_model, mode, **LORA, learning_rate=0.01, max_steps=5)
+    whole = cutter.run(16, 1)
+    # Labelled rows hold fewer tokens than pairs.
+    scale = 1.0 if mode == "paired" else 0.4
+    memory = Memory(**{name: scale * size for name, size in sizes.items()})
+    with limited(memory) as said, watched_steps() as records:
+        assert_same(cutter.run(*cut, **keys), whole)
+    assert memory.failures > 0
+    assert memory.most_alive <= memory.graphs
+    assert said and all("out of memory" in line or "ran out" in line for line in said)
+    # What did not fit once is remembered.
+    assert records[-1].retries == 0
+
+
+def test_a_held_gradient_that_does_not_fit(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass fails, and what is held is given up: second passes take its place."""
+    monkeypatch.setattr(budget, "HELD_SHARE", 100.0)
+    cutter = Cutter(tmp_path, tiny_model, "paired", **LORA, learning_rate=0.01)
+    whole = cutter.run(16, 1)
+    memory = Memory(graphs=1e9)
+    with limited(memory), watched_steps() as records:
+        seen = memory.enter
+
+        def once(hidden: Tensor) -> Tensor:
+            if hidden.requires_grad and not memory.failures:
+                memory.fail()
+            return seen(hidden)
+
+        memory.enter = once  # type: ignore[method-assign]
+        assert_same(cutter.run(1, 16), whole)
+    assert memory.failures == 1
+    assert records[0].carries == ["HoldGradient"] * 16
+    assert records[1].carries == ["Rescore"] * 16
+    assert records[1].retries == 1
+
+
+def test_an_evaluation_that_does_not_fit(tiny_model: Path, tmp_path: Path) -> None:
+    keys = {"val_set_size": 16, "eval_steps": 2, "eval_batch_size": 8, "max_steps": 4}
+    cutter = Cutter(tmp_path, tiny_model, "paired", rows=80, **LORA, learning_rate=0.01, **keys)
+    whole = cutter.run(16, 1)
+    memory = Memory(scoring=200)
+    with limited(memory) as said:
+        run = cutter.run(16, 1)
+    assert memory.failures > 0 and said
+    assert run.logged("eval_loss") == pytest.approx(whole.logged("eval_loss"), rel=1e-5)
+
+
+def test_one_row_that_does_not_fit_says_what_to_lower(tiny_model: Path, tmp_path: Path) -> None:
+    cutter = Cutter(tmp_path, tiny_model, "unpaired", **LORA)
+    memory = Memory(graphs=10)
+    with limited(memory), pytest.raises(torch.OutOfMemoryError) as failed:
+        cutter.run(2, 8)
+    assert "lower `micro_batch_size` or `sequence_len`" in "\n".join(failed.value.__notes__)
