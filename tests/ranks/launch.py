@@ -17,7 +17,8 @@ takes longer than a tiny run; what the host leaves behind is reset between them.
 object: ``config`` (a path), ``wrapper`` (``WRAPPERS``) and optionally ``fault`` (``FAULTS``) and
 ``repeats: count`` (a repeated row counts like any other), ``fails`` (it is to raise) and ``remove``
 (a file, before it starts). Each rank writes next to the config what
-it put into every transport problem (``.rank0.json``) and the trace of an error (``.rank0.txt``).
+it put into every transport problem (``.rank0.json``), the carries of its micro-batches
+(``.rank0.carries``) and the trace of an error (``.rank0.txt``).
 """
 
 import contextlib
@@ -145,6 +146,8 @@ def train(job: dict[str, str]) -> None:
         for problem in step.problems
     ]
     result.with_suffix(result.suffix + ".json").write_text(json.dumps(problems))
+    carries = json.dumps([step.carries for step in steps])
+    result.with_suffix(result.suffix + ".carries").write_text(carries)
     reset_host()
 
 

@@ -52,6 +52,11 @@ REFUSED = ("even_batches", "dispatch_batches")
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 LORA |= {"learning_rate": 0.003}
 
+CHECKPOINTING = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
+
 
 class Bench:
     """The configs of this file, by name: on two ranks and in one process."""
@@ -110,6 +115,9 @@ class Bench:
             refused = {name: name == "dispatch_batches"}
             make(f"paired-{name}", "paired", 8, 1, accelerator_config=refused)
         make("paired-lora", "paired", 4, 2, **LORA)
+        for mode in MODES:
+            make(f"{mode}-held", mode, 1, 8, **LORA)
+            make(f"{mode}-graphs", mode, 2, 4, **LORA, **CHECKPOINTING)
         make("paired-on-adapter", "paired", 4, 2, **self.on_adapter)
         make("paired-precompute", "paired", 4, 2, precompute_ref_log_probs=True)
         make("unpaired-lora-precompute", "unpaired", 4, 2, precompute_ref_log_probs=True, **LORA)
@@ -267,6 +275,23 @@ def test_three_ranks_train_as_one_process(data: str, rows: int, last: int, three
 
 def test_lora(bench: Bench) -> None:
     assert_same(bench.run("paired-lora"), bench.single("paired", "-lora", **LORA))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["held", "graphs", "1x8"])
+def test_second_passes_are_saved(
+    mode: str, name: str, bench: Bench, whole: Callable[[str], Run]
+) -> None:
+    """All but the last micro-batch of a rank, whose backward pass synchronizes the gradients."""
+    single = whole(mode) if name == "1x8" else bench.single(mode, "-lora", **LORA)
+    assert_same(bench.run(f"{mode}-{name}"), single)
+    for rank in range(2):
+        path = bench.work / "ranks" / f"{mode}-{name}.rank{rank}.carries"
+        first, *steps = json.loads(path.read_text())
+        assert first[-1] == "Rescore"
+        for carries in steps:
+            assert carries[-1] == "Rescore" and carries.count("Rescore") == 1, carries
+            assert ("HoldGradient" in carries) == (name == "held")
 
 
 def test_on_an_adapter(bench: Bench) -> None:
