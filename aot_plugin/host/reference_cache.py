@@ -73,17 +73,19 @@ def identify(
 
 
 def reference_key(nodes: Sequence[Identity]) -> str | None:
-    """SHA-256 of the identities of all nodes, 64 hexadecimal digits; None if weights are not known.
+    """SHA-256 of the identities of all nodes, 64 hexadecimal digits; None if a node's weights are
+    not known.
 
     Raises:
         ValueError: if the nodes do not have the same rows and weights.
     """
     refuse_unlike_nodes("rows", [node.rows for node in nodes])
-    refuse_unlike_nodes("reference weights", [node.weights for node in nodes if node.weights])
-    if nodes[0].weights is None:
+    weights = [node.weights for node in nodes if node.weights is not None]
+    if len(weights) < len(nodes):
         return None
+    refuse_unlike_nodes("reference weights", weights)
     computations = sorted({node.computation for node in nodes})
-    return digest([nodes[0].rows, nodes[0].weights, computations])
+    return digest([nodes[0].rows, weights[0], computations])
 
 
 def refuse_unlike_nodes(what: str, digests: Sequence[str]) -> None:
