@@ -74,6 +74,15 @@ class AOTInputArgs(BaseModel):
             "description": "Assumed share s of flipped labels: (1-s) h(z) + s h(-z). Default 0."
         },
     )
+    aot_sft_weight: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        json_schema_extra={
+            "description": "Weight of an added loss of supervised fine-tuning: the mean negative "
+            "log-likelihood per token of the chosen or positive responses. Default 0."
+        },
+    )
     aot_batch: Literal["step", "micro_batch"] | None = Field(
         default=None,
         json_schema_extra={
@@ -117,6 +126,7 @@ class AOTOptions:
     aot_sort: str = "hard"
     aot_sort_epsilon: float = 0.1
     aot_label_smoothing: float = 0.0
+    aot_sft_weight: float = 0.0
     aot_batch: str = "step"
     aot_report: bool = True
 
@@ -301,7 +311,7 @@ def _validated(written: dict[str, Any]) -> AOTInputArgs:
         raise ValueError(
             "`aot_datasets` is written by the plugin; set options per `datasets:` entry"
         )
-    for key in ("aot_sort_epsilon", "aot_label_smoothing", "aot_kept_memory"):
+    for key in ("aot_sort_epsilon", "aot_label_smoothing", "aot_sft_weight", "aot_kept_memory"):
         if isinstance(written.get(key), bool):  # pydantic would read `true` as 1
             raise ValueError(f"`{key}: {written[key]}` is wrong: write a number")
     try:

@@ -25,7 +25,7 @@ from .host.reference_cache import refuse_unlike_rows
 from .host.repeated_rows import refuse_uneven_ranks
 from .host.sampling import StratifiedSamplingMixin
 from .host.steps import StepsMixin
-from .ot.losses import LossOptions, PairedLogps, UnpairedLogps
+from .ot.losses import LossOptions, PairedLogps, UnpairedLogps, with_sft
 from .registry import lookup
 from .scoring.model_input import Batch
 from .step.engine import Objective
@@ -69,8 +69,11 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin):
             label_smoothing=self.args.aot_label_smoothing,
             sort=self.args.aot_sort,
             epsilon=self.args.aot_sort_epsilon,
+            sft_weight=self.args.aot_sft_weight,
         )
         loss = lookup("aot_losses", "aot_loss", self.args.aot_loss)
+        if options.sft_weight:
+            loss = with_sft(loss)
         return Objective(loss, options, self._step_class, self.args.aot_batch == "step")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -17,8 +17,9 @@ from aot_plugin.ot.dominance import dominance_statistics
 from aot_plugin.ot.losses import LossOptions, UnpairedLogps, transport
 from aot_plugin.ot.penalties import logistic
 
-COLUMNS = 3
-"""Per sequence: log-probability, reference log-probability, label; float64."""
+COLUMNS = 5
+"""Per sequence: log-probability, reference log-probability, label, tokens, whether it counts;
+float64."""
 
 
 def seconds(work: Callable[[], Any], least: float = 0.5) -> float:
@@ -38,12 +39,13 @@ def measure(n: int, negatives: int) -> dict[str, Any]:
     reference = torch.randn(n + negatives, generator=generator, dtype=torch.float64) * 50
     is_positive = torch.arange(n + negatives) < n
     options = LossOptions(penalty=logistic, beta=0.01)
-    step = UnpairedLogps(logps, reference, is_positive)
+    tokens = torch.ones_like(logps)
+    step = UnpairedLogps(logps, reference, is_positive, tokens)
     u, v = step.u.numpy(), step.v.numpy()
 
     def value_and_gradient() -> None:
         leaf = logps.clone().requires_grad_()
-        transport(UnpairedLogps(leaf, reference, is_positive), options).backward()
+        transport(UnpairedLogps(leaf, reference, is_positive, tokens), options).backward()
 
     return {
         "positives": n,

@@ -63,17 +63,17 @@ class EvaluationMixin(ScoringMixin):
         batch = self._micro_batch(self._prepare_inputs(inputs))
         logps = self._scorer.logps(batch.inputs, model)
         ref_logps = batch.reference_logps(self._scorer, model)
-        tokens = batch.inputs["completion_mask"][:, 1:].sum(dim=1)
-        columns = torch.stack([logps, ref_logps, batch.is_positive, tokens], dim=1).double()
+        columns = [logps, ref_logps, batch.is_positive, batch.tokens]
         row = self._objective.step_class.sequences_per_row
-        per_row = columns.unflatten(0, (row, -1)).transpose(0, 1)
+        per_row = torch.stack(columns, dim=1).double().unflatten(0, (row, -1)).transpose(0, 1)
         return None, per_row.contiguous(), torch.ones(len(per_row), device=per_row.device)
 
     def _evaluate_columns(self, prediction: EvalPrediction) -> dict[str, float]:
         columns = np.asarray(prediction.predictions, dtype=np.float64)
         rows = torch.from_numpy(columns).flatten(0, 1)
         check_finite(rows, f"the evaluation after step {self.state.global_step}")
-        step, loss = self._objective(rows[:, 0], rows[:, 1], rows[:, 2].bool())
+        logps, ref_logps, is_positive, tokens = rows.unbind(dim=1)
+        step, loss = self._objective(logps, ref_logps, is_positive.bool(), tokens)
         metrics = {"loss": loss.item()}
         if len(step.u) == 0 or len(step.v) == 0:
             LOG.warning("the evaluation set holds one label only: there is nothing to compare")

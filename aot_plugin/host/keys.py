@@ -16,7 +16,8 @@ _SFT = "Axolotl does it in supervised fine-tuning only; remove it"
 
 REFUSED: dict[str, str] = {
     "dpo_loss_type": "the loss is AOT's; choose it with `aot_penalty`",
-    "dpo_loss_weights": "there is one loss; choose it with `aot_penalty`",
+    "dpo_loss_weights": "choose the loss with `aot_penalty`, and add that of supervised fine-tuning "
+    "with `aot_sft_weight`",
     "dpo_label_smoothing": "write `aot_label_smoothing`",
     "dpo_use_weighting": "sorted rows have no pair to weigh; remove it",
     "dpo_ld_alpha": "AOT sums the log-probabilities of all completion tokens; remove it",
@@ -265,13 +266,31 @@ def check_known(cfg: Mapping[str, Any]) -> None:
 def refusals(cfg: Mapping[str, Any]) -> list[str]:
     """Error messages for the host keys in a config that contradict ``rl: aot``."""
     trl = cfg.get("trl") or {}
-    found = [(key, advice) for key, advice in REFUSED.items() if cfg.get(key) is not None]
+    refused = REFUSED | _sft_instead(cfg)
+    found = [(key, advice) for key, advice in refused.items() if cfg.get(key) is not None]
     found += [(key, advice) for key, advice in REFUSED_IF_ON.items() if _on(cfg.get(key))]
     found += [(f"trl.{k}", advice) for k, advice in REFUSED_OF_TRL.items() if _on(trl.get(k))]
     if (optimizer := str(cfg.get("optimizer")).lower()) in UPDATES_IN_BACKWARD:
         advice = "it updates the weights in each backward pass, in the middle of a step"
         found.append((f"optimizer: {optimizer}", f"{advice}; write another one"))
     return [f"`{key}` can't be used with `rl: aot`: {advice}" for key, advice in found]
+
+
+def _sft_instead(cfg: Mapping[str, Any]) -> dict[str, str]:
+    """What to write instead of TRL's ``dpo_loss_type: [aot, sft]``, with its weights if any."""
+    types, weights = cfg.get("dpo_loss_type"), cfg.get("dpo_loss_weights") or [1.0, 1.0]
+    if not isinstance(types, list) or sorted(types) not in (
+        ["aot", "sft"],
+        ["aot_unpaired", "sft"],
+    ):
+        return {}
+    try:
+        weight = dict(zip(types, map(float, weights), strict=True))
+        ratio = weight.pop("sft") / weight.popitem()[1]
+    except (TypeError, ValueError, ZeroDivisionError):
+        return {}
+    advice = f"write `aot_sft_weight: {ratio:g}` (AOT's own weight is 1)"
+    return dict.fromkeys(("dpo_loss_type", "dpo_loss_weights"), advice)
 
 
 def without_effect(cfg: Mapping[str, Any]) -> str | None:

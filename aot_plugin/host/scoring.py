@@ -36,8 +36,9 @@ class ScoringMixin(Trainer):
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "completion_mask")}
-        labels = self._labels(batch)
-        return MicroBatch(inputs, labels, torch.ones_like(labels), self._cached_ref_logps(batch))
+        labels, tokens = self._labels(batch), batch["completion_mask"][:, 1:].sum(dim=1)
+        counts = torch.ones_like(labels)
+        return MicroBatch(inputs, labels, tokens, counts, self._cached_ref_logps(batch))
 
     @cached_property
     def _scorer(self) -> Scorer:

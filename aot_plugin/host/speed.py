@@ -5,6 +5,7 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
+from ..ot.losses import PairedLogps
 from ..scoring.logps import why_head_is_not_chunked
 from ..step.budget import Permits, gradients_that_fit
 
@@ -59,7 +60,7 @@ def may_retry(trainer: Trainer) -> bool:
     return not (sharded or getattr(args, "activation_offloading", False))
 
 
-def why_gradients_are_not_held(trainer: Trainer) -> str | None:
+def why_gradients_are_not_held(trainer: Any) -> str | None:
     """What forbids to take the gradient of a row's score along with the score, so that the row
     needs no second forward pass; None if nothing does.
 
@@ -68,6 +69,8 @@ def why_gradients_are_not_held(trainer: Trainer) -> str | None:
     """
     args: Any = trainer.args
     checkpointing = args.gradient_checkpointing_kwargs or {}
+    if args.aot_sft_weight and trainer._step_class is PairedLogps:
+        return "with `aot_sft_weight` the loss depends on more than a pair's margin"
     if args.per_device_train_batch_size > 1:
         return "`micro_batch_size` is not 1"
     if why := why_graph_is_not_kept(trainer):

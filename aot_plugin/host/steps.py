@@ -175,8 +175,9 @@ class StepsMixin(EvaluationMixin):
             self._one_sided_steps += 1
             if self._one_sided_steps == 1:
                 LOG.warning(
-                    "step %d holds no %s rows and contributes nothing; `aot/one_sided_steps` "
-                    "counts such steps. A larger effective batch makes them rare",
+                    "step %d holds no %s rows, so there is nothing to compare; "
+                    "`aot/one_sided_steps` counts such steps. A larger effective batch makes them "
+                    "rare",
                     self.state.global_step + 1,
                     "positive" if len(step.u) == 0 else "negative",
                 )

@@ -17,7 +17,13 @@ from .transport import SortKind, transport_value
 
 @dataclass(frozen=True)
 class PairedLogps:
-    """Sequence log-probabilities of n preference pairs, each of shape [n], float64, in nats."""
+    """n preference pairs.
+
+    Attributes:
+        chosen, rejected, ref_chosen, ref_rejected: sequence log-probabilities under policy and
+            reference, each [n] float64, in nats.
+        chosen_tokens, rejected_tokens: completion tokens, each [n] float64.
+    """
 
     sequences_per_row: ClassVar[int] = 2
 
@@ -25,13 +31,19 @@ class PairedLogps:
     rejected: Tensor
     ref_chosen: Tensor
     ref_rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
 
     @classmethod
-    def from_sequences(cls, logps: Tensor, ref_logps: Tensor, is_positive: Tensor) -> "PairedLogps":
+    def from_sequences(
+        cls, logps: Tensor, ref_logps: Tensor, is_positive: Tensor, tokens: Tensor
+    ) -> "PairedLogps":
         """Pairs from 2n sequences: the i-th chosen one belongs to the i-th rejected one."""
-        return cls(
-            logps[is_positive], logps[~is_positive], ref_logps[is_positive], ref_logps[~is_positive]
+        columns = (logps, ref_logps, tokens)
+        (chosen, ref_chosen, chosen_tokens), (rejected, ref_rejected, rejected_tokens) = (
+            [column[rows] for column in columns] for rows in (is_positive, ~is_positive)
         )
+        return cls(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)
 
     @property
     def u(self) -> Tensor:
@@ -43,23 +55,35 @@ class PairedLogps:
         """Reference margins: the sample that should be dominated."""
         return self.ref_chosen - self.ref_rejected
 
+    @property
+    def preferred(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and completion tokens of the chosen responses."""
+        return self.chosen, self.chosen_tokens
+
 
 @dataclass(frozen=True)
 class UnpairedLogps:
-    """Sequence log-probabilities of labelled rows: ``logps``, ``ref_logps`` [n + m] float64 in
-    nats, ``is_positive`` [n + m] bool; n positive and m negative rows in any order."""
+    """n positive and m negative rows, in any order.
+
+    Attributes:
+        logps, ref_logps: sequence log-probabilities under policy and reference, [n + m] float64, in
+            nats.
+        is_positive: [n + m] bool.
+        tokens: completion tokens, [n + m] float64.
+    """
 
     sequences_per_row: ClassVar[int] = 1
 
     logps: Tensor
     ref_logps: Tensor
     is_positive: Tensor
+    tokens: Tensor
 
     @classmethod
     def from_sequences(
-        cls, logps: Tensor, ref_logps: Tensor, is_positive: Tensor
+        cls, logps: Tensor, ref_logps: Tensor, is_positive: Tensor, tokens: Tensor
     ) -> "UnpairedLogps":
-        return cls(logps, ref_logps, is_positive)
+        return cls(logps, ref_logps, is_positive, tokens)
 
     @property
     def u(self) -> Tensor:
@@ -70,6 +94,11 @@ class UnpairedLogps:
     def v(self) -> Tensor:
         """Logratios of the m negative rows: should be dominated."""
         return (self.logps - self.ref_logps)[~self.is_positive]
+
+    @property
+    def preferred(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and completion tokens of the positive rows."""
+        return self.logps[self.is_positive], self.tokens[self.is_positive]
 
 
 StepLogps = PairedLogps | UnpairedLogps
@@ -84,6 +113,7 @@ class LossOptions:
     label_smoothing: float = 0.0
     sort: SortKind = "hard"
     epsilon: float = 0.1
+    sft_weight: float = 0.0
 
 
 StepLoss = Callable[[StepLogps, LossOptions], Tensor]
@@ -100,6 +130,23 @@ def transport(step: StepLogps, options: LossOptions) -> Tensor:
         return (u.sum() + v.sum()) * 0.0
     penalty = smoothed(options.penalty, options.label_smoothing)
     return transport_value(u, v, lambda z: penalty(z, options.beta), options.sort, options.epsilon)
+
+
+def negative_log_likelihood(step: StepLogps) -> Tensor:
+    """Mean over the completion tokens of chosen or positive responses of -log p(token), in nats;
+    0 for a step that has none. This is the loss of supervised fine-tuning on these responses."""
+    logps, tokens = step.preferred
+    return -logps.sum() / tokens.sum().clamp(min=1)
+
+
+def with_sft(loss: StepLoss) -> StepLoss:
+    """``loss`` + ``sft_weight`` x ``negative_log_likelihood``: keeps the likelihood of good
+    responses from falling (Pang et al. 2024, arXiv 2404.19733, eq. 1)."""
+
+    def both(step: StepLogps, options: LossOptions) -> Tensor:
+        return loss(step, options) + options.sft_weight * negative_log_likelihood(step)
+
+    return both
 
 
 LOSSES: dict[str, StepLoss] = {"transport": transport}

@@ -54,12 +54,14 @@ class MicroBatch:
     Attributes:
         inputs: token ids and masks.
         is_positive: [sequences] bool; True for a chosen (paired) or positive (unpaired) sequence.
+        tokens: [sequences] int64; completion tokens.
         counts: [sequences] bool; False for a repeated row, which has mass 0 in the loss.
         ref_logps: [sequences] float32, in nats; None if the reference has not been scored yet.
     """
 
     inputs: Batch
     is_positive: Tensor
+    tokens: Tensor
     counts: Tensor
     ref_logps: Tensor | None
 
@@ -76,7 +78,8 @@ class MicroBatch:
         """The sequences ``rows`` of this batch, with ``inputs`` as their token ids and masks."""
         index = torch.as_tensor(rows, device=self.is_positive.device)
         ref_logps = None if self.ref_logps is None else self.ref_logps[index]
-        return MicroBatch(inputs, self.is_positive[index], self.counts[index], ref_logps)
+        columns = (self.is_positive, self.tokens, self.counts)
+        return MicroBatch(inputs, *(column[index] for column in columns), ref_logps)
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,11 @@ class Objective:
     whole_step: bool
 
     def __call__(
-        self, logps: Tensor, ref_logps: Tensor, is_positive: Tensor
+        self, logps: Tensor, ref_logps: Tensor, is_positive: Tensor, tokens: Tensor
     ) -> tuple[StepLogps, Tensor]:
         """The sequences as pairs or labelled rows, and their loss, [] float64, for float64
         log-probabilities [sequences]."""
-        step = self.step_class.from_sequences(logps, ref_logps, is_positive)
+        step = self.step_class.from_sequences(logps, ref_logps, is_positive, tokens)
         return step, self.loss(step, self.options)
 
 
@@ -391,21 +394,22 @@ class StepEngine:
     def _transport(self, logps: Tensor, ref_logps: Tensor, batch: MicroBatch) -> Tensor:
         """Stage 2: dL/dlogp of this rank's sequences, [sequences] float32, multiplied by what the
         host divides by (micro-batches x ranks). Repeated rows get 0."""
-        columns = [logps.detach(), ref_logps, batch.is_positive, batch.counts]
+        columns = [logps.detach(), ref_logps, batch.is_positive, batch.tokens, batch.counts]
         rows = torch.stack(columns, dim=1).double()
         mine = slice(0, len(rows))
         if self._objective.whole_step:
             rows, mine = self._gather(rows)
         # All ranks check the same gathered rows, so all raise together and none deadlocks.
         check_finite(rows, f"step {self._record.step}")
-        counts = rows[:, 3].bool()
+        counts = rows[:, 4].bool()
         gradient = torch.zeros_like(rows[:, 0])
         averaged = self._micro_batches * self._ranks
         self._loss = 0.0
         if counts.any():
-            leaf = rows[counts, 0].requires_grad_()
+            leaf, ref_logps, is_positive, tokens, _ = rows[counts].unbind(dim=1)
+            leaf = leaf.clone().requires_grad_()
             with torch.enable_grad():
-                solved, loss = self._objective(leaf, rows[counts, 1], rows[counts, 2].bool())
+                solved, loss = self._objective(leaf, ref_logps, is_positive.bool(), tokens)
                 (gradient[counts],) = torch.autograd.grad(loss, leaf)
             # The host averages: over equal values of one problem, or over one problem each.
             whole = self._objective.whole_step
@@ -436,6 +440,7 @@ def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
         batches[0],
         inputs={},
         is_positive=torch.cat([batch.is_positive for batch in batches]),
+        tokens=torch.cat([batch.tokens for batch in batches]),
         counts=torch.cat([batch.counts for batch in batches]),
         ref_logps=torch.cat(cached) if cached else None,
     )

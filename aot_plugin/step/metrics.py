@@ -2,11 +2,12 @@
 
 from ..ot.coupling import recoupled_fraction
 from ..ot.dominance import dominance_statistics
-from ..ot.losses import PairedLogps, StepLogps
+from ..ot.losses import PairedLogps, StepLogps, negative_log_likelihood
 
 
 def step_metrics(step: StepLogps, beta: float) -> dict[str, float]:
-    """Dominance of U over V (in nats), and the reward metrics that TRL's trainers log.
+    """Dominance of U over V (in nats), the negative log-likelihood per token of chosen or positive
+    responses, and the reward metrics that TRL's trainers log.
 
     Raises:
         ValueError: if U or V is empty.
@@ -15,6 +16,7 @@ def step_metrics(step: StepLogps, beta: float) -> dict[str, float]:
     arrays = u.cpu().numpy(), v.cpu().numpy()
     stats = dominance_statistics(*arrays)
     metrics = {f"aot/{name}": value for name, value in stats.items()}
+    metrics["aot/nll"] = negative_log_likelihood(step).item()
     if isinstance(step, PairedLogps):
         metrics["aot/recoupled_fraction"] = recoupled_fraction(*arrays)
         chosen = (step.chosen - step.ref_chosen).detach() * beta

@@ -197,6 +197,21 @@ def test_a_loss_of_more_than_margins_uses_no_held_gradient(
     assert_differs(cutter.run(1, 16, aot_loss="transport"), whole)
 
 
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_an_sft_term_of_the_whole_step(mode: str, tiny_model: Path, tmp_path: Path) -> None:
+    """A mean over the step's tokens: not that over micro-batches."""
+    keys = {"aot_sft_weight": 0.5, "learning_rate": 0.01}
+    cutter = Cutter(tmp_path, tiny_model, mode, **LORA, **keys)
+    whole = cutter.run(16, 1)
+    assert_same(cutter.run(1, 16), whole)
+    assert_differs(cutter.run(1, 16, aot_sft_weight=0), whole)
+    assert_differs(cutter.run(4, 4, aot_batch="micro_batch"), whole)
+    if mode == "paired":
+        peer = {"rl": "dpo", "dpo_loss_type": ["aot", "sft"], "dpo_loss_weights": [1.0, 0.5]}
+        peer |= {"aot_mode": None, "aot_sft_weight": None}
+        assert_same(whole, cutter.run(16, 1, **peer))
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_micro_batch_sorting_is_the_peers(
     accumulation: int, tiny_model: Path, tmp_path: Path

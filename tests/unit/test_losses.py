@@ -14,7 +14,14 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from aot_plugin.ot.coupling import recoupled_fraction
-from aot_plugin.ot.losses import LossOptions, PairedLogps, UnpairedLogps, transport
+from aot_plugin.ot.losses import (
+    LossOptions,
+    PairedLogps,
+    UnpairedLogps,
+    negative_log_likelihood,
+    transport,
+    with_sft,
+)
 from aot_plugin.ot.penalties import PENALTIES, logistic, smoothed
 from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
 from aot_plugin.scoring.model_input import padded_rows
@@ -90,7 +97,8 @@ def our_step(trainer: DPOTrainer, batch: dict[str, Any], paired: bool) -> Any:
         ref_logps = sequence_logps(trainer.ref_model, head, padded_rows(batch))
     is_positive = torch.arange(2 * PAIRS) < PAIRS
     step_class = PairedLogps if paired else UnpairedLogps
-    return step_class.from_sequences(logps.double(), ref_logps.double(), is_positive)
+    tokens = batch["completion_mask"][:, 1:].sum(dim=1)
+    return step_class.from_sequences(logps.double(), ref_logps.double(), is_positive, tokens)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -118,13 +126,35 @@ def test_equals_trl_on_one_batch_and_dpo_does_not(
         assert relative_error(gradient, dpo_gradient) > 0.1
 
 
+def test_the_sft_term_equals_trl(trl: DPOTrainer) -> None:
+    batch = next(iter(trl.get_train_dataloader()))
+    # Chosen responses of different lengths, so that a mean over sequences is another number.
+    batch["completion_mask"][:3, -4:] = 0
+    step = our_step(trl, batch, paired=True)
+    assert len(step.chosen_tokens.unique()) == 2
+    ours = with_sft(transport)(step, LossOptions(logistic, BETA, sft_weight=0.3))
+    trl.loss_weights = [1.0, 0.3]
+    trl.loss_types, trl.label_smoothing = ["aot", "sft"], 0.0
+    theirs = trl.compute_loss(trl.model, batch)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    expected = flat_gradient(trl.model, theirs)
+    assert relative_error(flat_gradient(trl.model, ours), expected) < 1e-4
+    # The negative control: without the term.
+    assert relative_error(flat_gradient(trl.model, our_loss(trl, batch)), expected) > 0.1
+
+
+def our_loss(trainer: DPOTrainer, batch: dict[str, Any]) -> Tensor:
+    return transport(our_step(trainer, batch, paired=True), LossOptions(logistic, BETA))
+
+
 # The definitions.
 
 
-def random_logps(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def random_logps(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logps, ref_logps = -40 + 5 * torch.randn(2, n, generator=generator).double()
-    return logps, ref_logps, torch.rand(n, generator=generator) < 0.4
+    is_positive = torch.rand(n, generator=generator) < 0.4
+    return logps, ref_logps, is_positive, torch.randint(1, 9, (n,), generator=generator).double()
 
 
 def test_u_and_v_of_pairs_and_of_labelled_rows():
@@ -132,12 +162,20 @@ def test_u_and_v_of_pairs_and_of_labelled_rows():
     ref_logps = torch.tensor([0.5, 10.0, 100.0, 1000.0]).double()
     # The i-th chosen row belongs to the i-th rejected one, wherever they stand.
     is_positive = torch.tensor([False, True, True, False])
-    pairs = PairedLogps.from_sequences(logps, ref_logps, is_positive)
+    tokens = torch.tensor([5.0, 6.0, 7.0, 8.0]).double()
+    pairs = PairedLogps.from_sequences(logps, ref_logps, is_positive, tokens)
     assert pairs.u.tolist() == [19.0, -3700.0]
     assert pairs.v.tolist() == [9.5, -900.0]
-    rows = UnpairedLogps.from_sequences(logps, ref_logps, is_positive)
+    assert pairs.chosen_tokens.tolist() == [6.0, 7.0] and pairs.rejected_tokens.tolist() == [
+        5.0,
+        8.0,
+    ]
+    rows = UnpairedLogps.from_sequences(logps, ref_logps, is_positive, tokens)
     assert rows.u.tolist() == [10.0, 200.0]
     assert rows.v.tolist() == [0.5, 3000.0]
+    for step in (pairs, rows):
+        assert [column.tolist() for column in step.preferred] == [[20.0, 300.0], [6.0, 7.0]]
+        assert negative_log_likelihood(step).item() == -320.0 / 13
 
 
 @pytest.mark.parametrize("name", sorted(PENALTIES))
@@ -184,9 +222,9 @@ def test_options_reach_the_transport_problem():
 
 @pytest.mark.parametrize("label", [True, False])
 def test_a_one_sided_step_is_zero_with_zero_gradient(label: bool):
-    logps, ref_logps, _ = random_logps(5)
+    logps, ref_logps, _, tokens = random_logps(5)
     logps.requires_grad_()
-    step = UnpairedLogps.from_sequences(logps, ref_logps, torch.full((5,), label))
+    step = UnpairedLogps.from_sequences(logps, ref_logps, torch.full((5,), label), tokens)
     loss = transport(step, LossOptions(logistic, 0.1))
     loss.backward()
     assert loss.item() == 0

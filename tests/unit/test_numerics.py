@@ -63,7 +63,7 @@ def step_gradient(model: LlamaForCausalLM, batch: dict[str, Tensor], dtype: torc
     assert logps.dtype == torch.float32
     leaf = logps.double().requires_grad_()
     positive = torch.arange(len(leaf)) < len(leaf) // 2
-    step = PairedLogps.from_sequences(leaf, leaf.detach() * 0.9, positive)
+    step = PairedLogps.from_sequences(leaf, leaf.detach() * 0.9, positive, torch.ones_like(leaf))
     (weights,) = torch.autograd.grad(transport(step, LossOptions(penalties.logistic, 0.01)), leaf)
     scale = 2.0**16 if dtype == torch.float16 else 1.0
     with autocast:
@@ -201,10 +201,10 @@ def steps(u: list[float], v: list[float]) -> dict[str, StepLogps]:
     zero = torch.zeros(len(u), dtype=torch.float64)
     paired = torch.tensor(u, dtype=torch.float64, requires_grad=True)
     reference = torch.tensor(v, dtype=torch.float64, requires_grad=True)
-    is_positive = torch.arange(len(policy)) < len(u)
+    is_positive, ones = torch.arange(len(policy)) < len(u), torch.ones_like(policy)
     return {
-        "unpaired": UnpairedLogps(policy, torch.zeros_like(policy), is_positive),
-        "paired": PairedLogps(paired, zero, reference, zero),
+        "unpaired": UnpairedLogps(policy, torch.zeros_like(policy), is_positive, ones),
+        "paired": PairedLogps(paired, zero, reference, zero, ones[: len(u)], ones[: len(u)]),
     }
 
 
