@@ -16,8 +16,8 @@ _SFT = "Axolotl does it in supervised fine-tuning only; remove it"
 
 REFUSED: dict[str, str] = {
     "dpo_loss_type": "the loss is AOT's; choose it with `aot_penalty`",
-    "dpo_loss_weights": "choose the loss with `aot_penalty`, and add that of supervised fine-tuning "
-    "with `aot_sft_weight`",
+    "dpo_loss_weights": "choose the loss with `aot_penalty`, and add an SFT loss with "
+    "`aot_sft_weight`",
     "dpo_label_smoothing": "write `aot_label_smoothing`",
     "dpo_use_weighting": "sorted rows have no pair to weigh; remove it",
     "dpo_ld_alpha": "AOT sums the log-probabilities of all completion tokens; remove it",
@@ -279,14 +279,11 @@ def refusals(cfg: Mapping[str, Any]) -> list[str]:
 def _sft_instead(cfg: Mapping[str, Any]) -> dict[str, str]:
     """What to write instead of TRL's ``dpo_loss_type: [aot, sft]``, with its weights if any."""
     types, weights = cfg.get("dpo_loss_type"), cfg.get("dpo_loss_weights") or [1.0, 1.0]
-    if not isinstance(types, list) or sorted(types) not in (
-        ["aot", "sft"],
-        ["aot_unpaired", "sft"],
-    ):
+    if types not in (["aot", "sft"], ["sft", "aot"]):
         return {}
     try:
         weight = dict(zip(types, map(float, weights), strict=True))
-        ratio = weight.pop("sft") / weight.popitem()[1]
+        ratio = weight["sft"] / weight["aot"]
     except (TypeError, ValueError, ZeroDivisionError):
         return {}
     advice = f"write `aot_sft_weight: {ratio:g}` (AOT's own weight is 1)"

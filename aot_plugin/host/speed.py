@@ -79,7 +79,7 @@ def why_gradients_are_not_held(trainer: Any) -> str | None:
         return "`fp16` is on"
     if args.gradient_checkpointing and checkpointing.get("use_reentrant") is not False:
         return "`gradient_checkpointing_kwargs: {use_reentrant: false}` is missing"
-    if gradients_that_fit(trainer.model) == 0:  # type: ignore[arg-type]
+    if gradients_that_fit(trainer.model) == 0:
         return "full fine-tuning" if not _has_adapter(trainer.model) else "the adapter is too large"
     return None
 

@@ -78,8 +78,9 @@ class MicroBatch:
         """The sequences ``rows`` of this batch, with ``inputs`` as their token ids and masks."""
         index = torch.as_tensor(rows, device=self.is_positive.device)
         ref_logps = None if self.ref_logps is None else self.ref_logps[index]
-        columns = (self.is_positive, self.tokens, self.counts)
-        return MicroBatch(inputs, *(column[index] for column in columns), ref_logps)
+        return MicroBatch(
+            inputs, self.is_positive[index], self.tokens[index], self.counts[index], ref_logps
+        )
 
 
 @dataclass(frozen=True)

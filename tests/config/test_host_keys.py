@@ -24,6 +24,7 @@ from aot_plugin.host.keys import (
     UPDATES_IN_BACKWARD,
     WITHOUT_EFFECT,
     known_keys,
+    refusals,
 )
 
 # Where the host reads keys that a run with `rl: dpo` or `rl: kto` never comes to.
@@ -130,6 +131,21 @@ def test_a_key_of_trl_gets_the_hosts_spelling(key: str, loaded: Any) -> None:
         loaded(**{key: 1})
     for spelling in re.findall(r"write `(\w+)", FOREIGN[key]):
         assert spelling in known_keys()
+
+
+@pytest.mark.parametrize(
+    ("keys", "instead"),
+    [
+        ({"dpo_loss_type": ["aot", "sft"]}, "aot_sft_weight: 1`"),
+        ({"dpo_loss_type": ["aot", "sft"], "dpo_loss_weights": [1.0, 0.5]}, "aot_sft_weight: 0.5`"),
+        ({"dpo_loss_type": ["sft", "aot"], "dpo_loss_weights": [0.2, 2]}, "aot_sft_weight: 0.1`"),
+        ({"dpo_loss_type": ["aot"]}, "choose it with `aot_penalty`"),
+        ({"dpo_loss_type": ["aot", "sft"], "dpo_loss_weights": [1]}, "`aot_penalty`"),
+        ({"dpo_loss_type": "aot"}, "`aot_penalty`"),
+    ],
+)
+def test_an_sft_loss_of_trl_is_named_as_ours(keys: dict[str, Any], instead: str) -> None:
+    assert any(instead in line for line in refusals(keys))
 
 
 @pytest.mark.parametrize("optimizer", UPDATES_IN_BACKWARD)

@@ -166,10 +166,7 @@ def test_u_and_v_of_pairs_and_of_labelled_rows():
     pairs = PairedLogps.from_sequences(logps, ref_logps, is_positive, tokens)
     assert pairs.u.tolist() == [19.0, -3700.0]
     assert pairs.v.tolist() == [9.5, -900.0]
-    assert pairs.chosen_tokens.tolist() == [6.0, 7.0] and pairs.rejected_tokens.tolist() == [
-        5.0,
-        8.0,
-    ]
+    assert (pairs.chosen_tokens.tolist(), pairs.rejected_tokens.tolist()) == ([6, 7], [5, 8])
     rows = UnpairedLogps.from_sequences(logps, ref_logps, is_positive, tokens)
     assert rows.u.tolist() == [10.0, 200.0]
     assert rows.v.tolist() == [0.5, 3000.0]
