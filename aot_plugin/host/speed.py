@@ -10,12 +10,12 @@ from ..scoring.logps import why_head_is_not_chunked
 from ..step.budget import Permits, gradients_that_fit
 
 
-def why_graph_is_not_kept(trainer: Trainer) -> str | None:
+def why_graph_is_not_kept(trainer: Any) -> str | None:
     """What forbids to score a micro-batch with gradient, so that it needs no second forward pass;
     None if nothing does.
 
-    A wrapper forbids it if every backward pass must follow a forward pass through the wrapper
-    (DeepSpeed, FSDP), and so does a training step of the host's that offloads activations.
+    A wrapper forbids it if every backward pass must follow its forward pass (ZeRO-3, FSDP), and so
+    does a training step of the host's that offloads activations.
     """
     args: Any = trainer.args
     if getattr(args, "activation_offloading", False):
@@ -23,9 +23,11 @@ def why_graph_is_not_kept(trainer: Trainer) -> str | None:
     if trainer.model_wrapped is trainer.model:
         return None
     if getattr(trainer, "is_deepspeed_enabled", False):
-        return "DeepSpeed counts the model's passes"
+        # ZeRO-1 and 2 do all their work in backward passes, one for each output of the wrapper.
+        sharded = trainer.model_wrapped.zero_optimization_stage() == 3
+        return "ZeRO-3 gathers weights in the order of the passes" if sharded else None
     if getattr(trainer, "is_fsdp_enabled", False):
-        return "FSDP counts the model's passes"
+        return "FSDP gathers weights in the order of the passes"
     if args.torch_compile:
         return "`torch_compile` is on"
     wrapper = in_ddp(trainer)
@@ -75,6 +77,8 @@ def why_gradients_are_not_held(trainer: Any) -> str | None:
         return "`micro_batch_size` is not 1"
     if why := why_graph_is_not_kept(trainer):
         return why
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        return "DeepSpeed takes every gradient of its model for one of the step's"
     if args.fp16:
         return "`fp16` is on"
     if args.gradient_checkpointing and checkpointing.get("use_reentrant") is not False:

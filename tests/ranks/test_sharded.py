@@ -171,6 +171,10 @@ def test_full_fine_tuning(strategy: str, bench: Bench) -> None:
     run = Run.last(output)
     assert_same(run, reference, reloaded(output))
     assert_same_evaluation(run, reference)
+    for rank in range(2):
+        carries = json.loads(Path(f"{output}.rank{rank}.carries").read_text())
+        kept = 0 if strategy in SHARDED else 2
+        assert [step.count("KeepGraph") for step in carries[1:]] == 5 * [kept]
 
 
 @pytest.mark.parametrize("strategy", SHARDED)
