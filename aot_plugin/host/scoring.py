@@ -11,9 +11,9 @@ from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from ..scoring.layout import settle_layouts
 from ..scoring.model_input import Batch
 from ..scoring.scorer import Scorer
+from ..scoring.settle import settle_layout
 from ..step.engine import MicroBatch
 from .speed import in_ddp, may_retry
 
@@ -49,17 +49,17 @@ class ScoringMixin(Trainer):
             wrapped=lambda: self.model_wrapped,
             head=lambda: self.model.get_output_embeddings(),
             reference=self._as_reference,
-            settle=lambda model: settle_layouts(
+            settle=lambda model: settle_layout(
                 model,
                 self.accelerator.unwrap_model(model),
                 self._widest_row(),
                 self.args.device,
                 checkpointing=self.args.gradient_checkpointing,
                 regrouped=self.args.aot_batch == "step",
+                multiple=self._pad_to_multiple_of,
             ),
             with_gradient=self.compute_loss_context_manager,
             without_gradient=self._without_gradient,
-            multiple=self._pad_to_multiple_of,
             may_retry=lambda: may_retry(self),
         )
 

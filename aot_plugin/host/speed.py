@@ -7,6 +7,7 @@ from transformers import Trainer
 
 from ..ot.losses import PairedLogps
 from ..scoring.logps import why_head_is_not_chunked
+from ..scoring.settle import Settled
 from ..step.budget import Permits, gradients_that_fit
 
 
@@ -92,7 +93,7 @@ def _has_adapter(model: Any) -> bool:
     return getattr(model, "peft_config", None) is not None
 
 
-def speed_features(trainer: Trainer, why_not_shared: str | None) -> str:
+def speed_features(trainer: Trainer, settled: Settled) -> str:
     """All features, for the log: those that are on, and those that are off with the reason."""
     args: Any = trainer.args
     model: Any = trainer.model
@@ -108,7 +109,8 @@ def speed_features(trainer: Trainer, why_not_shared: str | None) -> str:
         held += f" of {fit} of {steps} micro-batches"
     all_held = "the gradients of all micro-batches are held" if fit >= steps else None
     reasons = {
-        "shared prompts": why_not_shared,
+        "shared prompts": settled.why_not_shared,
+        "packed rows": settled.why_not_packed,
         held: why_not_held,
         "kept graphs": alone or all_held or why_graph_is_not_kept(trainer),
         "chunked LM head": why_head_is_not_chunked(model.get_output_embeddings()),

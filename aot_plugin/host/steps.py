@@ -108,7 +108,7 @@ class StepsMixin(EvaluationMixin):
                 gather=self.accelerator.gather,
             )
             # Only now is it known what wraps the model, and what the model does to its logits.
-            LOG.info("speed: %s", speed_features(self, self._scorer.layouts().why_not_shared))
+            LOG.info("speed: %s", speed_features(self, self._scorer.settled()))
         if several and not self._updates_checked:
             self._scored_with = some_weights(self.model)
         self._engine.begin(batches, empty, self.state.global_step + 1)

@@ -27,14 +27,16 @@ class Cost:
         pair: work of one pair of query and key, in units of one token's work in linear layers.
         token: bytes held for one token until the backward pass.
         mask: bytes held for one entry of a mask.
+        eager: whether every pair of a row is computed and held, masked or not.
     """
 
     pair: float
     token: float
     mask: float
+    eager: bool = False
 
     @classmethod
-    def of(cls, config: Any, itemsize: int, checkpointing: bool) -> "Cost":
+    def of(cls, config: Any, itemsize: int, checkpointing: bool, eager: bool = False) -> "Cost":
         """Of a model with this text config, computing in numbers of ``itemsize`` bytes."""
         width = config.hidden_size
         layers = config.num_hidden_layers
@@ -51,19 +53,23 @@ class Cost:
         # Without checkpointing every layer keeps what it computed, and a copy of the mask as
         # numbers that are added to its scores.
         whole = 1 if checkpointing else layers
+        # Eager attention keeps the weights of every head, in float32 and in the model's numbers.
+        mask = itemsize + heads * (4 + itemsize) * whole if eager else 1 + itemsize * whole
         return cls(
             pair=2 * queries / weights,
             token=itemsize * (layer * whole + (width * layers if checkpointing else 0)),
-            mask=1 + itemsize * whole,
+            mask=mask,
+            eager=eager,
         )
 
     def work(self, rows: int, width: int, masked: bool) -> float:
         """Of a forward pass, in units of one token's work in linear layers."""
-        return rows * width * (1 + (MASKED if masked else CAUSAL) * self.pair * width)
+        pairs = MASKED if masked or self.eager else CAUSAL
+        return rows * width * (1 + pairs * self.pair * width)
 
     def memory(self, rows: int, width: int, masked: bool) -> float:
         """Bytes held until the backward pass."""
-        return rows * width * (self.token + (self.mask * width if masked else 0))
+        return rows * width * (self.token + (self.mask * width if masked or self.eager else 0))
 
 
 def _largest(config: Any, name: str, default: int) -> int:

@@ -1,95 +1,174 @@
-"""Decides, once per run, how sequences are presented to the model.
+"""How the sequences of a step become micro-batches, and a micro-batch rows of the model's input.
 
-Sequences are always regrouped into micro-batches, so a model whose results depend on that is
-refused. Sharing prompts only saves time, so for a model whose results depend on it prompts are not
-shared.
+- *padded*: one sequence a row. Every model takes it.
+- *shared*: rows under a mask, each of one or several prompts, a prompt once for its completions,
+  where that is less work than padded rows.
+- *packed*: one row without padding, each prompt once for its completions. Needs a kernel that
+  leaves out the pairs of tokens that do not see each other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-
+from .batching import Sequences
 from .cost import Cost
-from .probe import MEDIAN, coarsest_dtype, probe
-from .shared_prompts import why_not_shared
+from .masks import Form
+from .model_input import Batch, ModelInput, padded_rows
+from .partition import balanced, doubled, split_by_tokens
+from .shared_prompts import (
+    blocks_of,
+    cheapest_rows,
+    distinct_prompts,
+    divided,
+    prompts_within,
+    rows_of_documents,
+    tokens_of,
+    unpadded,
+)
+
+
+class Layout(Protocol):
+    """See above.
+
+    Attributes:
+        name: "padded", "shared" or "packed".
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def arrange(self, batch: Batch) -> ModelInput:
+        """The model's input for a micro-batch; ``sequence`` is None where its rows are padded."""
+        ...
+
+    def one_row(self, batch: Batch) -> ModelInput:
+        """The same, in one row in any case: what is probed before the layout is used."""
+        ...
+
+    def groups(self, sequences: Sequences, parts: int) -> list[list[int]]:
+        """The numbers of the sequences of ``parts`` micro-batches, none empty, those that take
+        most memory first, so that a run that is going to exhaust it does so at once."""
+        ...
+
+
+class Padded:
+    """One sequence a row. Grouping by length removes most of the padding, and equal shares of the
+    tokens lower the peak of memory."""
+
+    name = "padded"
+
+    def arrange(self, batch: Batch) -> ModelInput:
+        return padded_rows(batch)
+
+    def one_row(self, batch: Batch) -> ModelInput:
+        raise NotImplementedError("padded rows hold one sequence each")
+
+    def groups(self, sequences: Sequences, parts: int) -> list[list[int]]:
+        return split_by_tokens(sequences.by_length(), parts)
 
 
 @dataclass(frozen=True)
-class Layouts:
-    """``cost``: what decides where prompts are shared, or None and the reason why they never
-    are."""
+class Shared:
+    """Rows under a mask, of one or several prompts, or padded rows, whichever costs less.
 
-    cost: Cost | None
-    why_not_shared: str | None
-
-
-def settle_layouts(
-    model: nn.Module,
-    unwrapped: PreTrainedModel,
-    longest: int | None,
-    device: torch.device,
-    checkpointing: bool,
-    regrouped: bool,
-) -> Layouts:
-    """Ask ``model``, in the state and under the autocast in which it is going to score.
-
-    Args:
-        unwrapped: the same without the wrappers of DDP, DeepSpeed or FSDP.
-        longest: tokens of the widest row, padding included; None if there is no limit.
-        checkpointing: whether layers forget what they computed until the backward pass.
-        regrouped: whether a step is exact over several micro-batches.
-
-    Raises:
-        ValueError: if ``regrouped``, and a sequence's log-probabilities depend on the others in its
-            micro-batch.
+    Attributes:
+        form: of the mask.
+        cost: of the model.
+        multiple: what the width of rows is rounded up to.
     """
-    config = unwrapped.config.get_text_config()
-    if regrouped:
-        refuse_rope_of_the_longest_row(config, longest)
-    why_not = why_not_shared(unwrapped, longest)
-    found = probe(model, unwrapped, longest, device, share=why_not is None)
-    if regrouped and found.depends_on_company:
-        raise ValueError(
-            "the log-probabilities of a row depend on the rows beside it in a micro-batch (by "
-            f"{found.company.found[MEDIAN]:.1g} nats a token, where rounding makes "
-            f"{found.company.rounding[MEDIAN]:.1g}), so the result would depend on how a step is "
-            "cut. Another `attn_implementation` or a smaller `sequence_len` may help; "
-            "`aot_batch: micro_batch` sorts inside micro-batches and trains all the same"
+
+    form: Form
+    cost: Cost
+    multiple: int = 1
+    name = "shared"
+
+    def arrange(self, batch: Batch) -> ModelInput:
+        ids, completion = unpadded(batch)
+        found = cheapest_rows(distinct_prompts(ids, completion), list(map(len, ids)), self.cost)
+        if found.padded:
+            return padded_rows(batch)
+        device = batch["input_ids"].device
+        return rows_of_documents(ids, completion, found.rows, self.form, device, self.multiple)
+
+    def one_row(self, batch: Batch) -> ModelInput:
+        return _one_row(batch, self.form)
+
+    def groups(self, sequences: Sequences, parts: int) -> list[list[int]]:
+        """Rows of one prompt stay together if that is less work, and if no micro-batch outgrows
+        one of equally many rows of the longest."""
+        by_length = split_by_tokens(sequences.by_length(), parts)
+        lengths, prompts = sequences.lengths(), sequences.prompts()
+        rows, longest = -(-len(sequences) // parts), max(lengths)
+        blocks = [
+            (tokens_of(block, lengths), block[1])
+            for prompt in prompts
+            for block in blocks_of(prompt, lengths, self.cost, rows * longest)
+        ]
+        if len(blocks) < parts:
+            return by_length
+        by_prompt = split_by_tokens(sorted(blocks, key=lambda block: -block[0]), parts)
+        apart, together = (
+            [cheapest_rows(prompts_within(prompts, group), lengths, self.cost) for group in groups]
+            for groups in (by_length, by_prompt)
         )
-    why_not = why_not or found.why_not_shared()
-    if why_not is not None:
-        return Layouts(None, why_not)
-    itemsize = coarsest_dtype(unwrapped, device).itemsize
-    try:
-        return Layouts(Cost.of(config, itemsize, checkpointing), None)
-    except Exception as error:  # a config of another kind; the model trains without
-        return Layouts(None, f"what that costs is unknown: {type(error).__name__}: {error}")
+        most = max(
+            self.cost.memory(rows, longest, masked=min(lengths) < longest),
+            max(found.memory for found in apart),
+        )
+        fits = max(found.memory for found in together) <= most
+        less = sum(found.work for found in together) < sum(found.work for found in apart)
+        return by_prompt if fits and less else by_length
 
 
-def refuse_rope_of_the_longest_row(config: Any, longest: int | None) -> None:
-    """Rotary embeddings whose frequencies transformers takes by the longest row of a batch."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(of_kind for of_kind in parameters.values() if isinstance(of_kind, dict))]
-    for rope in kinds:
-        kind = rope.get("rope_type", "default")
-        limit = config.max_position_embeddings
-        if kind == "longrope":
-            if rope.get("short_factor") == rope.get("long_factor"):
-                continue
-            limit = rope.get("original_max_position_embeddings", limit)
-            other = "the same `short_factor` and `long_factor`"
-        elif "dynamic" in kind:
-            other = "another `rope_type`"
-        else:
-            continue
-        if longest is None or longest > limit:
-            raise ValueError(
-                f"rotary embeddings of `rope_type: {kind}` change for a whole micro-batch as soon "
-                f"as one of its rows is longer than {limit} tokens, padding included, so the "
-                f"result would depend on how a step is cut; write `sequence_len: {limit}` (which "
-                "`pad_to_multiple_of` must divide), or `overrides_of_model_config` "
-                f"with `rope_parameters` of {other}"
-            )
+@dataclass(frozen=True)
+class Packed:
+    """One row without padding. It costs its tokens, so sharing a prompt always pays.
+
+    Attributes:
+        form: how attention is told which keys a query sees.
+    """
+
+    form: Form
+    name = "packed"
+
+    def arrange(self, batch: Batch) -> ModelInput:
+        return _one_row(batch, self.form)
+
+    def one_row(self, batch: Batch) -> ModelInput:
+        return self.arrange(batch)
+
+    def groups(self, sequences: Sequences, parts: int) -> list[list[int]]:
+        """With the fewest tokens in all, of the groupings whose largest micro-batch is not larger
+        than that of equally many rows of the longest."""
+        lengths, prompts = sequences.lengths(), sequences.prompts()
+        room = -(-len(sequences) // parts) * max(lengths)
+        found: list[tuple[int, int, list[list[int]]]] = []
+        for together in (1, *doubled(max(len(members) for _, members in prompts))):
+            documents = [piece for prompt in prompts for piece in divided(prompt, together)]
+            if len(documents) < parts:
+                break
+            tokens = [tokens_of(document, lengths) for document in documents]
+            groups = [
+                [sequence for index in group for sequence in documents[index][1]]
+                for group in balanced(tokens, parts)
+            ]
+            sizes = [
+                sum(tokens_of(prompt, lengths) for prompt in prompts_within(prompts, group))
+                for group in groups
+            ]
+            # One by one they always fit: no group is given a row too many before all are full.
+            if max(sizes) <= room:
+                found.append((sum(sizes), max(sizes), _largest_first(groups, sizes)))
+        return min(found, key=lambda grouping: grouping[:2])[2]
+
+
+def _largest_first(groups: Sequence[list[int]], sizes: Sequence[int]) -> list[list[int]]:
+    order = sorted(range(len(groups)), key=lambda number: -sizes[number])
+    return [groups[number] for number in order]
+
+
+def _one_row(batch: Batch, form: Form) -> ModelInput:
+    ids, completion = unpadded(batch)
+    prompts = distinct_prompts(ids, completion)
+    return rows_of_documents(ids, completion, [prompts], form, batch["input_ids"].device)

@@ -20,8 +20,9 @@ class ModelInput:
 
     Attributes:
         input_ids, completion_mask: [rows, width] int64.
-        attention_mask: [rows, width] int64, or [rows, 1, width, width] bool: True where a query
-            (third dimension) may look at a key (fourth).
+        attention: keyword arguments of the model's forward pass that say which keys a query sees:
+            ``attention_mask``, [rows, width] int64 where each row is one sequence; see ``masks``
+            for other forms.
         position_ids: [rows, width] int64; None where the model counts them itself.
         sequence: [rows, width] int64, the sequence that each completion token belongs to; None
             where each row is one.
@@ -29,15 +30,15 @@ class ModelInput:
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention: dict[str, Any]
     completion_mask: Tensor
     sequences: int
     position_ids: Tensor | None = None
     sequence: Tensor | None = None
 
-    def arguments(self) -> dict[str, Tensor]:
+    def arguments(self) -> dict[str, Any]:
         """What the model's forward pass is called with."""
-        found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        found = {"input_ids": self.input_ids, **self.attention}
         if self.position_ids is not None:
             found["position_ids"] = self.position_ids
         return found
@@ -46,4 +47,4 @@ class ModelInput:
 def padded_rows(batch: Batch) -> ModelInput:
     """The batch as it is: one sequence per row."""
     ids, attention, completion = (batch[name] for name in FIELDS)
-    return ModelInput(ids, attention, completion, sequences=len(ids))
+    return ModelInput(ids, {"attention_mask": attention}, completion, sequences=len(ids))

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from .layout import Layout
 from .logps import completion_token_logps, vocabulary
 from .model_input import Batch, ModelInput, padded_rows
-from .shared_prompts import distinct_prompts, shared_rows, unpadded
 
 LONGEST = 1024
 """Tokens of the longest row of a probe, unless the config contains a larger length at which the
@@ -92,20 +92,38 @@ def _parts(values: Tensor, sequence: Tensor) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What came of a layout: sequences apart and in one row, or the exception raised by the row."""
+
+    difference: Difference | None
+    error: Exception | None = None
+
+    def why_not(self) -> str | None:
+        if self.difference is None:
+            return f"the probe raised {type(self.error).__name__}: {self.error}"
+        # The maximum: a convolution goes wrong at the first few tokens of a completion only.
+        if self.difference.is_rounding(MARGIN, RMS, MAXIMUM, SUM):
+            return None
+        return (
+            "the model gives tokens other log-probabilities then, by "
+            f"{self.difference.found[RMS]:.1g} nats, where rounding makes "
+            f"{self.difference.rounding[RMS]:.1g}"
+        )
+
+
+@dataclass(frozen=True)
 class Found:
     """What a probe found.
 
     Attributes:
         company: short rows alone and beside the longest one.
-        sharing: sequences apart and with their prompts shared; None if that was not tried.
         random: two passes over one batch differ by more than rounding.
-        error: the exception that sharing raised.
+        trials: of the layouts up to the first that may be used.
     """
 
     company: Difference
-    sharing: Difference | None
     random: bool
-    error: Exception | None = None
+    trials: list[Trial]
 
     @property
     def depends_on_company(self) -> bool:
@@ -117,19 +135,11 @@ class Found:
         is_rounding = self.company.is_rounding(2 * MARGIN, MEDIAN)
         return not is_rounding or self.company.outliers > FEW
 
-    def why_not_shared(self) -> str | None:
-        if self.error is not None:
-            return f"the probe raised {type(self.error).__name__}: {self.error}"
+    def why_not(self) -> list[str | None]:
+        """Why each layout that was tried must not be used; None for the last one if it may."""
         if self.random:
-            return "the model's forward pass is random"
-        # The maximum: a convolution goes wrong at the first few tokens of a completion only.
-        if self.sharing is None or self.sharing.is_rounding(MARGIN, RMS, MAXIMUM, SUM):
-            return None
-        return (
-            "the model gives tokens other log-probabilities then, by "
-            f"{self.sharing.found[RMS]:.1g} nats, where rounding makes "
-            f"{self.sharing.rounding[RMS]:.1g}"
-        )
+            return ["the model's forward pass is random" for _ in self.trials]
+        return [trial.why_not() for trial in self.trials]
 
 
 @torch.no_grad()
@@ -138,7 +148,7 @@ def probe(
     unwrapped: PreTrainedModel,
     longest: int | None,
     device: torch.device,
-    share: bool,
+    layouts: Sequence[Layout],
 ) -> Found:
     """Scores a probe.
 
@@ -147,7 +157,7 @@ def probe(
         unwrapped: the same model without wrappers, for its config, LM head and embeddings.
         longest: tokens of the longest row in training; None if there is no limit.
         device: where to score.
-        share: whether to try shared prompts.
+        layouts: what to try beside padded rows, in this order, until one may be used.
     """
     config = unwrapped.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or LONGEST
@@ -183,27 +193,25 @@ def probe(
     noise = score(apart, seed=1) - expected
     of_tokens = torch.arange(len(alone)).repeat_interleave(torch.tensor(list(map(len, alone))))
     random = not Difference.of(noise.cpu(), rounding.cpu(), of_tokens).is_rounding(MARGIN, MAXIMUM)
-    sharing, error = None, None
-    if share:
-        ids, completion = unpadded(batch_of(rows[:-1]))
-        prompts = distinct_prompts(ids, completion)
+    trials: list[Trial] = []
+    for layout in layouts:
+        batch = {name: v.to(device) for name, v in batch_of(rows[:-1]).items()}
         try:
-            shared = score(shared_rows(ids, completion, prompts, device))
+            in_one_row = score(layout.one_row(batch))
         except Exception as raised:  # whatever it is, the model can't be used like this
-            error = raised
-        else:
-            # The first completion of a row stands where it would stand on its own.
-            first_ones = torch.tensor([members[0] for _, members in prompts])
-            later = ~torch.isin(of_tokens, first_ones)
-            sharing = Difference.of(
-                (shared - expected).cpu()[later], rounding.cpu()[later], of_tokens[later]
-            )
+            trials.append(Trial(None, raised))
+            continue
+        # The first sequence of the row stands where it would stand on its own.
+        later = of_tokens > 0
+        moved = (in_one_row - expected).cpu()[later]
+        trials.append(Trial(Difference.of(moved, rounding.cpu()[later], of_tokens[later])))
+        if trials[-1].why_not() is None:
+            break
     rounding = torch.maximum(rounding.abs(), noise.abs())
     return Found(
         company=Difference.of(company.cpu(), rounding.cpu(), of_tokens),
-        sharing=sharing,
         random=random,
-        error=error,
+        trials=trials,
     )
 
 
@@ -224,8 +232,8 @@ Row = tuple[list[int], list[int]]
 def probe_rows(vocabulary: int, length: int) -> list[Row]:
     """Three completions of one prompt, two of another, and one row of ``length`` tokens (>= 16).
 
-    With their prompt shared, the first three take a row of that length, so that windows and chunks
-    up to it are met. The second completion repeats the first one after a token of its own: a model
+    With their prompt shared, the first three take that length, so that windows and chunks up to it
+    are met. The second completion repeats the first one after a token of its own: a model
     that looks across would copy it.
     """
     quarter, eighth = max(length // 4, 4), max(length // 8, 2)

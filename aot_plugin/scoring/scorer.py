@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layout import Layouts
 from .logps import sequence_logps, weighted_logps_sum
 from .model_input import FIELDS, Batch, ModelInput, padded_rows
-from .shared_prompts import share_prompts
+from .settle import Settled
 
 LOG = logging.getLogger(f"axolotl.{__name__}")
 
@@ -27,7 +26,7 @@ class Pass:
     Attributes:
         model: "policy" or "reference".
         gradient: True if a graph was built.
-        layout: "padded" or "shared".
+        layout: "padded", "shared" or "packed" (see ``layout``).
         rows, width: shape of the model's input.
     """
 
@@ -51,7 +50,6 @@ class Scorer:
         settle: decides the layout; called once, with the model that scores first.
         with_gradient: context of passes with gradient (autocast).
         without_gradient: context of passes without.
-        multiple: row widths are rounded up to a multiple of it.
         may_retry: returns True if this rank may run more passes than the others.
     """
 
@@ -61,19 +59,18 @@ class Scorer:
         wrapped: Callable[[], nn.Module],
         head: Callable[[], nn.Module],
         reference: Callable[[nn.Module], AbstractContextManager[tuple[nn.Module, nn.Module]]],
-        settle: Callable[[nn.Module], Layouts],
+        settle: Callable[[nn.Module], Settled],
         with_gradient: Context,
         without_gradient: Context,
-        multiple: int = 1,
         may_retry: Callable[[], bool] = lambda: True,
     ) -> None:
         self._policy, self._wrapped, self._head = policy, wrapped, head
         self._reference = reference
         self._settle = settle
         self._with_gradient, self._without_gradient = with_gradient, without_gradient
-        self._multiple, self._may_retry = multiple, may_retry
+        self._may_retry = may_retry
         self._most = float("inf")  # padded tokens of the largest batch that fits into memory
-        self._layouts: Layouts | None = None
+        self._settled: Settled | None = None
         self._passes: list[Pass] = []
 
     def logps(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
@@ -130,12 +127,12 @@ class Scorer:
         rows, width = self._input(batch, self._policy()).input_ids.shape
         return rows, width
 
-    def layouts(self, model: nn.Module | None = None) -> Layouts:
+    def settled(self, model: nn.Module | None = None) -> Settled:
         """The layout, decided now if it has not been."""
-        if self._layouts is None:
+        if self._settled is None:
             with self._without_gradient():
-                self._layouts = self._settle(self._policy() if model is None else model)
-        return self._layouts
+                self._settled = self._settle(self._policy() if model is None else model)
+        return self._settled
 
     def take_passes(self) -> list[Pass]:
         """The passes since the last call."""
@@ -146,13 +143,12 @@ class Scorer:
         self, batch: Batch, model: nn.Module, name: str, gradient: bool = False
     ) -> ModelInput:
         inputs = self._input(batch, model)
-        layout = "padded" if inputs.sequence is None else "shared"
+        layout = "padded" if inputs.sequence is None else self.settled().layout.name
         self._passes.append(Pass(name, gradient, layout, *inputs.input_ids.shape))
         return inputs
 
     def _input(self, batch: Batch, model: nn.Module) -> ModelInput:
-        cost = self.layouts(model).cost
-        return padded_rows(batch) if cost is None else share_prompts(batch, cost, self._multiple)
+        return self.settled(model).layout.arrange(batch)
 
     def _that_fits(self, score: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         """``score(batch)``, in halves if the memory does not suffice for one pass."""

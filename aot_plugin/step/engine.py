@@ -360,7 +360,7 @@ class StepEngine:
             groups = [list(range(i, i + row)) for i in range(0, len(sequences), row)]
             groups.sort(key=lambda rows: -sum(lengths[row] for row in rows))
         else:
-            groups = sequences.groups(len(sizes), self._scorer.layouts().cost)
+            groups = self._scorer.settled().layout.groups(sequences, len(sizes))
         batches = [self._collate(sequences, rows) for rows in groups]
         shapes = [self._scorer.shape(batch) for batch in batches]
         budget = self._budget.of_step(max(rows * width for rows, width in shapes))

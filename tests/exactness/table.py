@@ -73,7 +73,6 @@ TABLE = [
         "gpt-oss",
         "GptOss",
         {"head_dim": 16, "num_local_experts": 4, **EXPERTS},
-        shared=False,
     ),
     Entry("mixtral", "Mixtral", {"num_local_experts": 4, **EXPERTS}, short=True),
     Entry("phi3", "Phi3"),
@@ -149,7 +148,7 @@ TABLE = [
     ),
     # Settings, on a Llama.
     Entry("unpaired", "Llama", mode="unpaired", short=True),
-    Entry("eager", "Llama", keys={"attn_implementation": "eager"}, shared=False),
+    Entry("eager", "Llama", keys={"attn_implementation": "eager"}),
     Entry("lora", "Llama", keys=LORA),
     Entry("dora", "Llama", keys=LORA | {"peft_use_dora": True}),
     Entry("rslora", "Llama", keys=LORA | {"peft_use_rslora": True}),

@@ -20,7 +20,7 @@ from harness import (
 )
 from table import TABLE, TEMPLATE, Entry
 
-from aot_plugin import trainer
+from aot_plugin.host import steps
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +103,7 @@ def check(entry: Entry, tmp_path: Path, common: Path, cuts: list[tuple[int, int]
             runs.run(*cuts[0])
         return
     said: list[str] = []
-    with mock.patch.object(trainer.LOG, "info", lambda text, *args: said.append(text % args)):
+    with mock.patch.object(steps.LOG, "info", lambda text, *args: said.append(text % args)):
         whole = runs.run(ROWS, 1)
     said = [line for line in said if line.startswith("speed: ")]
     assert len(said) == 1, said

@@ -7,11 +7,15 @@ import torch
 from harness import random_model
 from torch import nn
 
-from aot_plugin.scoring.layout import settle_layouts
+from aot_plugin.scoring.cost import Cost
+from aot_plugin.scoring.layout import Shared
+from aot_plugin.scoring.masks import boolean_mask
 from aot_plugin.scoring.probe import MEDIAN, Found, probe, probed_length
+from aot_plugin.scoring.settle import settle_layout
 
 CPU = torch.device("cpu")
 LENGTH = 128
+SHARED = Shared(boolean_mask, Cost(pair=0.0, token=1.0, mask=0.0))
 
 
 class Few(nn.Module):
@@ -59,7 +63,7 @@ def model(word_tokenizer: Any) -> Any:
 def found(model: Any, fault: str | None, dtype: torch.dtype) -> Found:
     own = model.to(dtype)
     try:
-        return probe(Untold(own, fault), own, LENGTH, CPU, share=True)
+        return probe(Untold(own, fault), own, LENGTH, CPU, [SHARED])
     finally:
         model.float()
 
@@ -67,7 +71,7 @@ def found(model: Any, fault: str | None, dtype: torch.dtype) -> Found:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fault", [None, "mask", "positions"])
 def test_a_model_is_asked_before_prompts_are_shared(model, fault, dtype):
-    why = found(model, fault, dtype).why_not_shared()
+    why = found(model, fault, dtype).why_not()[0]
     assert (why is None) if fault is None else "other log-probabilities" in why
 
 
@@ -77,13 +81,13 @@ def test_a_weak_fault_is_no_rounding_in_bf16(word_tokenizer, fault):
     add up over a sequence."""
     weak = random_model(word_tokenizer, scale=1.5, max_position_embeddings=512).eval()
     seen = found(weak, fault, torch.bfloat16)
-    assert seen.sharing.found[MEDIAN] < 0.1  # nats, the tolerance of old
-    assert seen.why_not_shared() is not None
-    assert found(weak, None, torch.bfloat16).why_not_shared() is None
+    assert seen.trials[0].difference.found[MEDIAN] < 0.1  # nats, the tolerance of old
+    assert seen.why_not()[0] is not None
+    assert found(weak, None, torch.bfloat16).why_not() == [None]
 
 
 def test_an_exception_means_apart(model):
-    why = found(model, "raises", torch.float32).why_not_shared()
+    why = found(model, "raises", torch.float32).why_not()[0]
     assert why == "the probe raised ValueError: a mask of two dimensions, please"
 
 
@@ -112,7 +116,7 @@ def test_noise_of_the_size_of_rounding_hides_no_dependence(word_tokenizer):
 
     model = random_model(word_tokenizer, max_position_embeddings=512).eval()
     for fault in (None, "longest"):
-        seen = probe(Noisy(model, fault), model, LENGTH, CPU, share=True)
+        seen = probe(Noisy(model, fault), model, LENGTH, CPU, [SHARED])
         assert not seen.random
         assert seen.depends_on_company is (fault is not None)
 
@@ -135,10 +139,10 @@ def test_a_probe_is_as_long_as_what_the_config_names(keys, longest, expected):
 
 def test_a_random_model_is_told_from_one_that_looks_aside(word_tokenizer):
     model = random_model(word_tokenizer, attention_dropout=0.1, max_position_embeddings=512).train()
-    seen = probe(model, model, LENGTH, CPU, share=True)
+    seen = probe(model, model, LENGTH, CPU, [SHARED])
     assert seen.random
     assert not seen.depends_on_company
-    assert seen.why_not_shared() == "the model's forward pass is random"
+    assert seen.why_not() == ["the model's forward pass is random"]
 
 
 def test_a_model_of_nan_is_left_to_the_step(word_tokenizer):
@@ -146,14 +150,14 @@ def test_a_model_of_nan_is_left_to_the_step(word_tokenizer):
     model = random_model(word_tokenizer, max_position_embeddings=512).eval()
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    assert not probe(model, model, LENGTH, CPU, share=True).depends_on_company
+    assert not probe(model, model, LENGTH, CPU, [SHARED]).depends_on_company
 
 
 def test_the_runs_random_numbers_stay_what_they_are(model):
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    probe(model, model, LENGTH, CPU, share=True)
+    probe(model, model, LENGTH, CPU, [SHARED])
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -189,7 +193,7 @@ def test_rope_of_the_longest_row(word_tokenizer, rope, positions, longest, refus
     ).eval()
 
     def settle(regrouped: bool) -> Any:
-        return settle_layouts(model, model, longest, CPU, checkpointing=False, regrouped=regrouped)
+        return settle_layout(model, model, longest, CPU, checkpointing=False, regrouped=regrouped)
 
     if refused is None:
         settle(regrouped=True)
@@ -198,4 +202,4 @@ def test_rope_of_the_longest_row(word_tokenizer, rope, positions, longest, refus
         settle(regrouped=True)
     settle(regrouped=False)
     if positions > 128:  # the model, asked about rows of that length, says the same
-        assert probe(model, model, 128, CPU, share=False).depends_on_company
+        assert probe(model, model, 128, CPU, []).depends_on_company

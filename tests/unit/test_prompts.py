@@ -9,23 +9,26 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
 from aot_plugin.scoring.cost import Cost
+from aot_plugin.scoring.layout import Packed, Shared
 from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
+from aot_plugin.scoring.masks import additive_mask, block_mask, boolean_mask
 from aot_plugin.scoring.model_input import padded_rows
+from aot_plugin.scoring.settle import possible_layouts
 from aot_plugin.scoring.shared_prompts import (
     blocks_of,
-    cheapest_layout,
+    cheapest_rows,
     distinct_prompts,
-    share_prompts,
-    shared_rows,
+    rows_of_documents,
     tokens_of,
     unpadded,
-    why_not_shared,
 )
 
 TOKENS = st.integers(6, 20)
 
 BY_TOKENS = Cost(pair=0.0, token=1.0, mask=0.0)
 """Of a model whose attention and masks cost nothing."""
+
+SHARED = Shared(boolean_mask, BY_TOKENS)
 
 SMOLLM2 = Cost.of(
     LlamaConfig(
@@ -93,7 +96,7 @@ def test_log_probabilities_and_gradients_are_those_of_separate_rows(model, batch
     found = {}
     for share in (False, True):
         model.zero_grad()
-        inputs = share_prompts(batch, BY_TOKENS) if share else padded_rows(batch)
+        inputs = SHARED.arrange(batch) if share else padded_rows(batch)
         logps = sequence_logps(model, head, inputs)
         (weights * logps).sum().backward()
         gradients = [p.grad.clone() for p in model.parameters()]
@@ -109,13 +112,13 @@ def test_log_probabilities_and_gradients_are_those_of_separate_rows(model, batch
 
 def test_a_pair_takes_one_row_and_the_prompt_once():
     prompt, chosen, rejected = [6, 7, 8, 9], [10, 11, 12], [13, 14]
-    shared = share_prompts(batch_of([(prompt, chosen), (prompt, rejected)]), BY_TOKENS)
+    shared = SHARED.arrange(batch_of([(prompt, chosen), (prompt, rejected)]))
     assert shared.input_ids.tolist() == [[6, 7, 8, 9, 10, 11, 12, 9, 13, 14]]
     assert shared.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 3, 4, 5]]
     assert shared.completion_mask.tolist() == [[0, 0, 0, 0, 1, 1, 1, 0, 1, 1]]
     marked = shared.completion_mask.bool()
     assert shared.sequence[marked].tolist() == [0, 0, 0, 1, 1]
-    sees = shared.attention_mask[0, 0]
+    sees = shared.attention["attention_mask"][0, 0]
     assert sees[9].nonzero()[:, 0].tolist() == [0, 1, 2, 7, 8, 9]
     assert sees[6].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
 
@@ -123,9 +126,9 @@ def test_a_pair_takes_one_row_and_the_prompt_once():
 def test_a_batch_that_would_grow_is_left_alone():
     """Rows of one prompt each, and a short prompt whose completions are longer in one row."""
     apart = batch_of([([6, 7], [8, 9]), ([6, 8], [8, 9])])
-    assert share_prompts(apart, BY_TOKENS) == padded_rows(apart)
+    assert SHARED.arrange(apart) == padded_rows(apart)
     short = batch_of([([6], [8, 9]), ([6], [9, 8])])
-    assert share_prompts(short, BY_TOKENS) == padded_rows(short)
+    assert SHARED.arrange(short) == padded_rows(short)
 
 
 @given(batch=batches(), most=st.integers(1, 60), pair=st.sampled_from([0.0, 0.01, 1.0]))
@@ -138,8 +141,8 @@ def test_rows_of_a_prompt_stand_in_blocks_that_fit(batch, most, pair):
         assert [row for _, rows in blocks for row in rows] == prompt[1]
         for block in blocks:
             assert len(block[1]) == 1 or tokens_of(block, lengths) <= most
-            (shared,) = shared_rows(ids, completion, [block], torch.device("cpu")).input_ids
-            assert len(shared) == tokens_of(block, lengths)
+            rows = rows_of_documents(ids, completion, [[block]], boolean_mask, torch.device("cpu"))
+            assert rows.input_ids.shape == (1, tokens_of(block, lengths))
 
 
 def layout(rows: list[tuple[int, list[int]]], cost: Cost = SMOLLM2):
@@ -147,7 +150,7 @@ def layout(rows: list[tuple[int, list[int]]], cost: Cost = SMOLLM2):
     lengths = [prompt + n for prompt, completions in rows for n in completions]
     numbers = iter(range(len(lengths)))
     prompts = [(prompt, [next(numbers) for _ in completions]) for prompt, completions in rows]
-    return cheapest_layout(prompts, lengths, cost)
+    return cheapest_rows(prompts, lengths, cost)
 
 
 @pytest.mark.parametrize(
@@ -164,15 +167,15 @@ def layout(rows: list[tuple[int, list[int]]], cost: Cost = SMOLLM2):
     ],
 )
 def test_prompts_are_shared_where_that_is_less_work(rows, shared):
-    assert layout(rows).shared is shared
+    assert layout(rows).padded is not shared
 
 
 def test_attention_and_the_mask_decide():
     """Each on its own: with the other free of cost the long responses are shared."""
     pair = [(30, [3000, 3000])]
-    assert layout(pair, BY_TOKENS).shared
-    assert not layout(pair, Cost(SMOLLM2.pair, token=1.0, mask=0.0)).shared
-    assert not layout(pair, Cost(0.0, SMOLLM2.token, SMOLLM2.mask)).shared
+    assert not layout(pair, BY_TOKENS).padded
+    assert layout(pair, Cost(SMOLLM2.pair, token=1.0, mask=0.0)).padded
+    assert layout(pair, Cost(0.0, SMOLLM2.token, SMOLLM2.mask)).padded
 
 
 @pytest.mark.parametrize("completions", [2, 3, 5, 32])
@@ -188,7 +191,15 @@ def test_a_layout_needs_no_more_than_separate_rows(completions):
 def test_many_completions_are_divided_among_rows():
     rows = layout([(1000, [200] * 32)]).rows
     assert 1 < len(rows) < 32
-    assert sorted(member for _, members in rows for member in members) == list(range(32))
+    members = [member for row in rows for _, members in row for member in members]
+    assert sorted(members) == list(range(32))
+
+
+def test_short_rows_of_many_lengths_stand_in_fewer_rows():
+    """Where padding costs more than the mask does; not where rows are long."""
+    rows = layout([(10, [20]), (12, [40]), (9, [60]), (8, [80])]).rows
+    assert sorted(rows) == [[(8, [3]), (10, [0])], [(9, [2]), (12, [1])]]
+    assert layout([(1000, [2000]), (1000, [4000])]).padded
 
 
 def test_work_is_that_of_the_formula():
@@ -209,32 +220,92 @@ def test_work_is_that_of_the_formula():
 
 
 @pytest.mark.parametrize(
-    ("settings", "longest", "reason"),
+    ("settings", "longest", "expected"),
     [
-        ({}, None, None),
-        ({"sliding_window": 64}, 64, None),
+        ({}, None, "shared"),
+        ({"sliding_window": 64}, 64, "shared"),
         ({"sliding_window": 64}, 65, "sliding window of 64 tokens"),
         ({"sliding_window": 64}, None, "sliding window of 64 tokens"),
-        ({"attn_implementation": "eager"}, None, "attn_implementation: eager"),
+        ({"attn_implementation": "eager"}, None, "shared"),
+        ({"attn_implementation": "eager", "sliding_window": 64}, None, "sliding window of 64"),
+        ({"attn_implementation": "flex_attention"}, None, "packed"),
+        ({"attn_implementation": "flex_attention", "sliding_window": 64}, 65, "sliding window"),
+        ({"attn_implementation": "flash_attention_3", "sliding_window": 64}, 65, "packed"),
+        ({"attn_implementation": "sage"}, None, "attn_implementation: sage"),
         ({"layer_types": ["full_attention", "linear_attention"]}, None, "linear_attention"),
     ],
 )
-def test_architectures_that_may_share(model, settings, longest, reason):
+def test_architectures_that_may_share(model, settings, longest, expected):
     config = MistralConfig(**{**model.config.to_dict(), **settings})
     config._attn_implementation = settings.get("attn_implementation", "sdpa")
+    found, why_not = possible_layouts(Carrier(config), longest, torch.device("cpu"), False)
+    assert expected in why_not if not found else [layout.name for layout in found] == [expected]
 
-    class Carrier:
-        pass
 
-    carrier = Carrier()
-    carrier.config = config
-    found = why_not_shared(carrier, longest)
-    assert found is None if reason is None else reason in found
+class Carrier(torch.nn.Module):
+    """A model as far as its config goes."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.config = config
 
 
 def test_a_window_that_is_switched_off_is_none():
-    class Carrier:
-        config = Qwen2Config(use_sliding_window=False, sliding_window=16)
+    config = Qwen2Config(use_sliding_window=False, sliding_window=16)
+    config._attn_implementation = "sdpa"
+    (found,), _ = possible_layouts(Carrier(config), 4096, torch.device("cpu"), False)
+    assert found.name == "shared"
 
-    Carrier.config._attn_implementation = "sdpa"
-    assert why_not_shared(Carrier(), 4096) is None
+
+def test_a_model_with_a_mask_of_its_own_is_left_alone(word_tokenizer):
+    """GPT-Neo's layers look at 256 tokens, more than a short probe has and fewer than a long row.
+    Nothing else in its config says so."""
+    layers = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4}
+    model = random_model(word_tokenizer, "GPTNeo", **layers)
+    model.config._attn_implementation = "eager"
+    found, why_not = possible_layouts(model, 64, torch.device("cpu"), False)
+    assert not found
+    assert why_not == "the model has a mask of its own"
+
+
+@given(batch=batches())
+def test_eager_attention_takes_a_mask_of_numbers(batch, word_tokenizer):
+    model = random_model(word_tokenizer, hidden_size=32, intermediate_size=64)
+    model.config._attn_implementation = "eager"
+    head = model.get_output_embeddings()
+    form = additive_mask(torch.float32)
+    for layout in (Shared(form, BY_TOKENS), Packed(form)):
+        with torch.no_grad():
+            found = sequence_logps(model, head, layout.arrange(batch))
+            apart = sequence_logps(model, head, padded_rows(batch))
+        torch.testing.assert_close(found, apart, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # eager attention adds what it is given: a bool mask hides nothing
+        wrong = sequence_logps(model, head, Packed(boolean_mask).arrange(batch))
+    if len(batch["input_ids"]) > 1 and batch["completion_mask"].sum() > 10:
+        assert (wrong - apart).abs().max() > 1e-3
+
+
+@pytest.mark.slow  # it is compiled
+def test_flex_attention_takes_blocks(word_tokenizer):
+    """Its forward pass only: on a CPU it has no backward pass."""
+    batch = batch_of(
+        [([6, 7, 8, 9], [10, 11]), ([6, 7, 8, 9], [13, 14, 9]), ([5], [7, 7]), ([5], [8] * 150)]
+    )
+    expected = Packed(boolean_mask).arrange(batch)
+    inputs = Packed(block_mask).arrange(batch)
+    sees = expected.attention["attention_mask"]
+    blocks = inputs.attention["attention_mask"]
+    width = inputs.input_ids.shape[1]
+    at = torch.arange(width)
+    zero = torch.zeros((), dtype=torch.int64)
+    found = blocks.mask_mod(zero, zero, at[:, None], at[None, :])
+    assert torch.equal(found, sees[0, 0])
+    # Blocks of 128 tokens: the last sequence reaches into the second one.
+    assert blocks.to_dense().shape == (1, 1, 2, 2)
+    model = random_model(word_tokenizer, hidden_size=64).eval()
+    model.config._attn_implementation = "flex_attention"
+    with torch.no_grad():
+        shared = sequence_logps(model, model.get_output_embeddings(), inputs)
+        model.config._attn_implementation = "eager"
+        apart = sequence_logps(model, model.get_output_embeddings(), padded_rows(batch))
+    torch.testing.assert_close(shared, apart, rtol=1e-5, atol=1e-4)

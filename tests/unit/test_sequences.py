@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from aot_plugin.scoring.batching import Sequences, split_by_tokens
+from aot_plugin.scoring.batching import Sequences
 from aot_plugin.scoring.cost import Cost
+from aot_plugin.scoring.layout import Packed, Padded, Shared
 from aot_plugin.scoring.logps import sequence_logps
+from aot_plugin.scoring.masks import boolean_mask
 from aot_plugin.scoring.model_input import padded_rows
-from aot_plugin.scoring.shared_prompts import cheapest_layout, distinct_prompts
+from aot_plugin.scoring.partition import balanced, split_by_tokens
+from aot_plugin.scoring.shared_prompts import cheapest_rows, distinct_prompts
 
 PAD = 7
 rows_of_tokens = st.lists(
@@ -119,16 +122,20 @@ def pairs(prompts: list[tuple[int, list[int]]]) -> Sequences:
 
 
 BY_TOKENS = Cost(pair=0.0, token=1.0, mask=0.0)
+SHARED = Shared(boolean_mask, BY_TOKENS)
+PACKED = Packed(boolean_mask)
 
 
 def test_a_prompt_with_more_rows_than_micro_batches_is_divided():
     rows = [[(1, False), (2, True)]] * 4
-    assert sorted(map(len, sequences_of(rows).groups(3, BY_TOKENS))) == [1, 1, 2]
+    assert sorted(map(len, SHARED.groups(sequences_of(rows), 3))) == [1, 1, 2]
 
 
 def test_rows_of_a_prompt_meet_where_it_pays():
-    groups = pairs([(8, [4, 4]), (8, [4, 4]), (8, [4, 4]), (8, [4, 4])]).groups(4, BY_TOKENS)
-    assert sorted(map(sorted, groups)) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    sequences = pairs([(8, [4, 4]), (8, [4, 4]), (8, [4, 4]), (8, [4, 4])])
+    for layout in (SHARED, PACKED):
+        groups = layout.groups(sequences, 4)
+        assert sorted(map(sorted, groups)) == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 @pytest.mark.parametrize("popular", [2, 8, 24])
@@ -140,12 +147,60 @@ def test_a_popular_prompt_does_not_outgrow_a_micro_batch(popular: int):
         sequences.input_ids,
         sequences.completion_mask,
     )
-    groups = sequences.groups(8, BY_TOKENS)
+    groups = SHARED.groups(sequences, 8)
     assert sorted(row for group in groups for row in group) == list(range(32))
     for group in groups:
         prompts = distinct_prompts([ids[r] for r in group], [completion[r] for r in group])
-        layout = cheapest_layout(prompts, [lengths[row] for row in group], BY_TOKENS)
+        layout = cheapest_rows(prompts, [lengths[row] for row in group], BY_TOKENS)
         assert layout.memory <= 4 * 30
+
+
+prompts_of_lengths = st.lists(
+    st.tuples(st.integers(1, 20), st.lists(st.integers(1, 20), min_size=1, max_size=9)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(prompts_of_lengths, st.data())
+def test_packed_micro_batches(prompts: list[tuple[int, list[int]]], data: st.DataObject):
+    """None is empty, none is larger than equally many of the longest rows, and the first is the
+    largest; all in all they take no more tokens than rows apart."""
+    sequences = pairs(prompts)
+    parts = data.draw(st.integers(1, len(sequences)))
+    groups = PACKED.groups(sequences, parts)
+    assert len(groups) == parts
+    assert sorted(row for group in groups for row in group) == list(range(len(sequences)))
+    batches = [sequences.collate(group, PAD) for group in groups]
+    sizes = [PACKED.arrange(batch).input_ids.numel() for batch in batches]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] <= -(-len(sequences) // parts) * max(sequences.lengths())
+    assert min(map(len, groups)) > 0
+    assert sum(sizes) <= sum(sequences.lengths())
+
+
+def test_packed_micro_batches_hold_equal_shares():
+    groups = PACKED.groups(pairs([(2, [n, n]) for n in (40, 30, 20, 10)]), 2)
+    assert sorted(map(sorted, groups)) == [[0, 1, 6, 7], [2, 3, 4, 5]]
+
+
+def test_packed_micro_batches_divide_a_prompt_where_they_must():
+    """Three pairs in two micro-batches: two pairs are more than three rows of the longest."""
+    sequences = pairs([(2, [50, 50])] * 3)
+    groups = PACKED.groups(sequences, 2)
+    assert sorted(map(len, groups)) == [3, 3]
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=9), st.data())
+def test_balanced_groups(sizes: list[int], data: st.DataObject):
+    parts = data.draw(st.integers(1, len(sizes)))
+    groups = balanced(sizes, parts)
+    assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
+    sums = [sum(sizes[index] for index in group) for group in groups]
+    assert all(groups)
+    assert sums == sorted(sums, reverse=True)
+    # What every partition takes at least, and Graham's bound above it.
+    assert sums[0] <= max(sizes, default=0) * (1 - 1 / parts) + sum(sizes) / parts
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -173,7 +228,8 @@ def test_any_grouping_gives_the_same_gradient(tiny_llama: LlamaForCausalLM, seed
     shuffled = torch.randperm(len(rows), generator=generator).tolist()
     assert expected.norm() > 1
     for groups, multiple in (
-        (sequences.groups(4), 1),
+        (Padded().groups(sequences, 4), 1),
+        (PACKED.groups(sequences, 4), 1),
         ([shuffled[::3], shuffled[1::3], shuffled[2::3]], 8),
         ([[row] for row in shuffled], 1),
     ):
