@@ -362,9 +362,11 @@ class StepEngine:
         else:
             groups = self._scorer.settled().layout.groups(sequences, len(sizes))
         batches = [self._collate(sequences, rows) for rows in groups]
-        shapes = [self._scorer.shape(batch) for batch in batches]
-        budget = self._budget.of_step(max(rows * width for rows, width in shapes))
-        graphs = [self._graphs.predict(*shape) for shape in shapes]
+        graphs, budget = [math.inf] * len(groups), 0.0
+        if permits.why_no_kept_graph is None:
+            shapes = [self._scorer.shape(batch) for batch in batches]
+            graphs = [self._graphs.predict(*shape) for shape in shapes]
+            budget = self._budget.of_step(max(rows * width for rows, width in shapes))
         kinds = allot(graphs, permits, fit=fit, budget=budget)
         kinds = [
             kind if self._fit(batch) else RESCORE
