@@ -6,7 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from ..ot.losses import PairedLogps
-from ..scoring.logps import why_head_is_not_chunked
+from ..scoring.model_head import why_head_is_not_chunked
 from ..scoring.settle import Settled
 from ..step.budget import Permits, gradients_that_fit
 

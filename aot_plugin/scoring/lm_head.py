@@ -6,111 +6,186 @@ pass, as it is after the transport stage, the gradient of a chunk is computed to
 logits, so these are computed once; otherwise the backward pass computes them anew.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+
+from .tail import IDENTITY, Tail
 
 CHUNK_ELEMENTS = 2**24
 """Logits held at a time: 64 MB in float32."""
 
 
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of hidden states.
+
+    Attributes:
+        project: takes hidden states [c, d], each by itself, and the parameters; returns logits
+            [c, vocabulary]. Called under autocast if that is on.
+        parameters: the tensors that may need gradients.
+        vocabulary: how many logits a token has.
+        tail: what the model does to them afterwards.
+    """
+
+    project: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    parameters: tuple[Tensor, ...]
+    vocabulary: int
+    tail: Tail = IDENTITY
+
+
+def linear_head(weight: Tensor, bias: Tensor | None, tail: Tail = IDENTITY) -> Head:
+    """x W' + b, for W [vocabulary, d] and b [vocabulary].
+
+    Under autocast they are cast here, once for all chunks: of frozen weights it keeps no copy.
+    """
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    parameters = (weight,) if bias is None else (weight, bias)
+    return Head(lambda hidden, found: F.linear(hidden, *found), parameters, len(weight), tail)
+
+
+def module_head(
+    module: nn.Module, forward: Callable[[Tensor], Tensor], vocabulary: int, tail: Tail = IDENTITY
+) -> Head:
+    """What ``forward``, that of ``module``, computes."""
+    called = _Called(module, forward)
+    trained = {name: p for name, p in called.named_parameters() if p.requires_grad}
+
+    def project(hidden: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        given = dict(zip(trained, parameters, strict=True))
+        logits: Tensor = torch.func.functional_call(called, given, (hidden,))
+        return logits
+
+    return Head(project, tuple(trained.values()), vocabulary, tail)
+
+
+class _Called(nn.Module):
+    """``module``, called by ``forward``: without its hooks, which run once for all chunks."""
+
+    def __init__(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.module, self._forward = module, forward
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self._forward(hidden)
+
+
 def token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    token_weights: Tensor | None = None,
+    head: Head, hidden: Tensor, targets: Tensor, token_weights: Tensor | None = None
 ) -> Tensor:
-    """log softmax(hidden W' + b) at the targets, for n tokens.
+    """log softmax(tail(logits of the hidden states)) at the targets, for n tokens.
 
     Args:
-        hidden: [n, d]; with autocast on, the product is taken in autocast's dtype.
-        weight, bias: the LM head's, [vocabulary, d] and [vocabulary].
+        head: the LM head; with autocast on, its products are taken in autocast's dtype.
+        hidden: [n, d].
         targets: [n] int64.
-        token_weights: [n], constants. If given, the result is not the vector of log-probabilities
-            but the scalar sum(token_weights x log p), and its gradient is ready with it.
+        token_weights: [n] float32, constants. If given, the result is not the vector of
+            log-probabilities but the scalar sum(token_weights x log p), and its gradient is ready
+            with it.
 
     Returns:
         [n] or [] float32, in nats.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    if not torch.is_grad_enabled():
-        logps = _logps(hidden, weight, bias, targets)
+    inputs = (hidden, *head.parameters)
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
+        logps = _logps(head, hidden, targets)
         return logps if token_weights is None else (token_weights * logps).sum()
     if token_weights is None:
-        return _TokenLogps.apply(hidden, weight, bias, targets)
-    return _WeightedTokenLogps.apply(hidden, weight, bias, targets, token_weights)
+        return _TokenLogps.apply(head, targets, *inputs)
+    return _WeightedTokenLogps.apply(head, targets, token_weights, *inputs)
 
 
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """At least one, so that no tokens at all have results and gradients like any others."""
     size = max(1, CHUNK_ELEMENTS // vocabulary)
-    for start in range(0, tokens, size):
+    for start in range(0, max(tokens, 1), size):
         yield slice(start, start + size)
 
 
-def _chunk_logps(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p at the targets [c], logits [c, V], log of their partition sums [c, 1]).
+def _chunk_logps(head: Head, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p at the targets [c], tail of the logits [c, V], log of their partition sums [c, 1]).
 
     float32 from here on, whatever the product was taken in: bf16 resolves a log-probability of
     a long sequence to whole nats only.
     """
-    logits = F.linear(hidden, weight, bias).float()
-    log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
-    return (logits.gather(-1, targets[:, None]) - log_z)[:, 0], logits, log_z
+    values = head.tail(logits.float())
+    log_z = torch.logsumexp(values, dim=-1, keepdim=True)
+    return (values.gather(-1, targets[:, None]) - log_z)[:, 0], values, log_z
 
 
-def _logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+@torch.no_grad()
+def _logps(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     parts = [
-        _chunk_logps(hidden[part], weight, bias, targets[part])[0]
-        for part in _chunks(len(hidden), len(weight))
+        _chunk_logps(head, head.project(hidden[part], head.parameters), targets[part])[0]
+        for part in _chunks(len(hidden), head.vocabulary)
     ]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    return torch.cat(parts)
+
+
+@contextmanager
+def _graph_of_its_own() -> Iterator[None]:
+    """A graph that lives for one chunk: hooks that offload what the model's graph saves, or count
+    it, must not see it."""
+    with torch.enable_grad(), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        yield
 
 
 def _value_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    token_weights: Tensor,
-    needed: tuple[bool, ...],
+    head: Head, targets: Tensor, token_weights: Tensor, hidden: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """sum(token_weights x log p) and its gradients in (hidden, weight, bias) where needed."""
+    """sum(token_weights x log p), and its gradients in the hidden states and in the parameters,
+    None where not needed.
+
+    From log p back to the logits the gradient is written out, in no more than two tensors of a
+    chunk's size; from there to hidden states and parameters it is autograd's, so any head will do.
+    """
     value = token_weights.new_zeros(())
-    of_hidden = torch.empty_like(hidden) if needed[0] else None
-    # Summed over chunks in float32, as a single product would accumulate.
-    of_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
-    of_bias = (
-        torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
-    )
-    for part in _chunks(len(hidden), len(weight)):
-        logps, logits, log_z = _chunk_logps(hidden[part], weight, bias, targets[part])
+    of_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+    # Leaves of their own: hooks on the parameters are for the sum over all chunks.
+    leaves = [p.detach().requires_grad_(p.requires_grad) for p in head.parameters]
+    of_leaves: list[Tensor | None] = [None] * len(leaves)
+    for part in _chunks(len(hidden), head.vocabulary):
+        with _graph_of_its_own():
+            rows = hidden[part].detach().requires_grad_(hidden.requires_grad)
+            logits = head.project(rows, leaves)
+        logps, values, log_z = _chunk_logps(head, logits.detach(), targets[part])
         scale = token_weights[part, None]
         value += (token_weights[part] * logps).sum()
-        # d log p(target) / d logits = onehot(target) - softmax(logits)
-        of_logits = logits.sub_(log_z).exp_().mul_(-scale)
-        of_logits.scatter_add_(-1, targets[part, None], scale)
-        if of_bias is not None:
-            of_bias += of_logits.sum(dim=0)
-        of_logits = of_logits.to(hidden.dtype)
+        # d log p(target) / d values = onehot(target) - softmax(values)
+        of_values = torch.sub(values, log_z).exp_().mul_(-scale)
+        of_values.scatter_add_(-1, targets[part, None], scale)
+        of_logits = head.tail.backward_(of_values, values).to(logits.dtype)
+        inputs = [leaf for leaf in (rows, *leaves) if leaf.requires_grad]
+        grads = iter(torch.autograd.grad(logits, inputs, of_logits, allow_unused=True))
         if of_hidden is not None:
-            torch.mm(of_logits, weight, out=of_hidden[part])
-        if of_weight is not None:
-            of_weight += of_logits.T @ hidden[part]
+            of_hidden[part] = next(grads)
+        for i, leaf in enumerate(leaves):
+            if leaf.requires_grad:
+                of_leaves[i] = _added(of_leaves[i], next(grads))
     return value, [
         of_hidden,
-        None if of_weight is None else of_weight.to(weight.dtype),
-        None if of_bias is None or bias is None else of_bias.to(bias.dtype),
+        *(
+            None if total is None else total.to(leaf.dtype)
+            for total, leaf in zip(of_leaves, leaves, strict=True)
+        ),
     ]
+
+
+def _added(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """Summed over chunks in float32, as a single product would accumulate."""
+    if grad is None:
+        return total
+    return grad.to(torch.float32, copy=True) if total is None else total.add_(grad)
 
 
 class _WeightedTokenLogps(torch.autograd.Function):
@@ -119,19 +194,17 @@ class _WeightedTokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        head: Head,
         targets: Tensor,
         token_weights: Tensor,
+        hidden: Tensor,
+        *_: Tensor,
     ) -> Tensor:
         # Weights are of the order beta / n, and in fp16 the loss scale that lifts gradients over
         # its smallest number comes only with the backward pass.
         unit = token_weights.abs().amax() if len(token_weights) else token_weights.new_zeros(())
         unit = torch.where(unit > 0, unit, 1.0)
-        value, gradients = _value_and_gradients(
-            hidden, weight, bias, targets, token_weights / unit, ctx.needs_input_grad
-        )
+        value, gradients = _value_and_gradients(head, targets, token_weights / unit, hidden)
         ctx.save_for_backward(unit, *gradients)
         return value * unit
 
@@ -141,24 +214,26 @@ class _WeightedTokenLogps(torch.autograd.Function):
         unit, *gradients = ctx.saved_tensors
         factor = grad * unit
         scaled = [None if g is None else (g.float() * factor).to(g.dtype) for g in gradients]
-        return (*scaled, None, None)
+        return (None, None, None, *scaled)
 
 
 class _TokenLogps(torch.autograd.Function):
     """The vector of log-probabilities; the backward pass computes the logits anew."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        return _logps(hidden, weight, bias, targets)
+    def forward(ctx: Any, head: Head, targets: Tensor, hidden: Tensor, *_: Tensor) -> Tensor:
+        ctx.head = head
+        device = hidden.device.type
+        ctx.autocast = torch.autocast(
+            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        )
+        ctx.save_for_backward(targets, hidden)
+        return _logps(head, hidden, targets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        _, gradients = _value_and_gradients(
-            hidden, weight, bias, targets, grad, ctx.needs_input_grad
-        )
-        return (*gradients, None)
+        targets, hidden = ctx.saved_tensors
+        with ctx.autocast:
+            _, gradients = _value_and_gradients(ctx.head, targets, grad, hidden)
+        return (None, None, *gradients)

@@ -1,13 +1,13 @@
 """Sequence log-probabilities, with the LM head at completion positions only."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .lm_head import token_logps
+from .model_head import chunk_no_more, chunkable_head, examined, replaced_forward
 from .model_input import ModelInput
 
 
@@ -45,19 +45,6 @@ def completion_token_logps(
     return _token_logps(model, head, inputs, None)
 
 
-def why_head_is_not_chunked(head: nn.Module) -> str | None:
-    """What keeps all logits of a micro-batch's completion tokens in memory at once; None if they
-    exist for a chunk of tokens at a time. What the model does to its logits is known after its
-    first forward pass."""
-    if getattr(head, _NEEDS_LOGITS, False):
-        return "the model changes its logits (scaling, soft-capping, a cut)"
-    if type(head) is not nn.Linear:
-        return f"the LM head is a {type(head).__module__.split('.')[0]} {type(head).__name__}"
-    if "forward" in vars(head):
-        return "another package has exchanged the LM head's forward pass"
-    return None
-
-
 def _token_logps(
     model: nn.Module, head: nn.Module, inputs: ModelInput, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -75,24 +62,25 @@ def _token_logps(
     def forward() -> Tensor:
         return model(**inputs.arguments(), use_cache=False).logits
 
-    # An adapter on the head, or a forward that somebody else has exchanged, is left alone.
-    if why_head_is_not_chunked(head) is None and _gives_all_logits(model, head, inputs):
-        assert isinstance(head, nn.Linear)
-        linear: nn.Linear = head
-        found: list[Tensor] = []
+    found = examined(model, head, inputs)
+    if found.why_not_chunked is None:
+        own_forward = head.forward
+        results: list[Tensor] = []
+        nodes: list[Any] = []
 
         def in_place_of_logits(hidden: Tensor) -> Tensor:
-            found.append(
-                token_logps(hidden[predicts], linear.weight, linear.bias, targets, token_weights)
-            )
-            return found[-1]
+            chunkable = chunkable_head(head, own_forward, found)
+            results.append(token_logps(chunkable, hidden[predicts], targets, token_weights))
+            zeros = _zeros_after(results[-1], hidden)
+            nodes.append(zeros.grad_fn)
+            return zeros
 
-        with _replaced_forward(head, in_place_of_logits):
-            result = forward()
-        if len(found) == 1 and _same(result.detach(), found[0].detach()):
-            return result, sequence
-        # This model does something to its logits (scaling, soft-capping): it needs real ones.
-        setattr(head, _NEEDS_LOGITS, True)
+        with replaced_forward(head, in_place_of_logits):
+            returned = forward()
+        if not _reaches_parameters(returned.grad_fn, nodes):
+            (result,) = results
+            return result + 0 * returned.sum(), sequence
+        chunk_no_more(head, "the model has a trained parameter that changes its logits")
 
     seen: list[bool] = []
 
@@ -108,41 +96,27 @@ def _token_logps(
     return (logps if token_weights is None else token_weights * logps), sequence
 
 
-@torch.no_grad()
-def vocabulary(model: nn.Module, head: nn.Module, inputs: ModelInput) -> int:
-    """Tokens that the model gives logits for: asked once, of the first tokens of these rows."""
-    if not hasattr(head, _VOCABULARY):
-        ids = inputs.input_ids[:1, :8]
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        setattr(head, _VOCABULARY, logits.shape[-1])
-    return getattr(head, _VOCABULARY)
+def _zeros_after(result: Tensor, hidden: Tensor) -> Tensor:
+    """Logits that the model may change as it likes: it can't change the result, which doesn't pass
+    through it.
+
+    But DDP, DeepSpeed and FSDP find the graph by what the model returns, and there they gather
+    weights for the backward pass. So the zeros hang on the result's graph, the sum that is returned
+    adds them, and the backward pass comes through all hooks before it gets to the result. The
+    gradient that it brings on this way is 0 x f'(0) = 0. One zero a token, whatever the vocabulary.
+    """
+    zero = (0 * result.nan_to_num()).sum()
+    return zero + hidden.new_zeros(*hidden.shape[:-1], 1, dtype=zero.dtype)
 
 
-def _gives_all_logits(model: nn.Module, head: nn.Module, inputs: ModelInput) -> bool:
-    # A model that cuts off what pads its vocabulary would not show it on the stand-in's vector.
-    if vocabulary(model, head, inputs) == getattr(head, "out_features", None):
-        return True
-    setattr(head, _NEEDS_LOGITS, True)
+def _reaches_parameters(node: Any, ends: list[Any]) -> bool:
+    """Whether a path of the graph leads from ``node`` to a parameter, other than over ``ends``."""
+    todo, seen = [node], {None, *ends}
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                return True
+            todo.extend(before for before, _ in node.next_functions)
     return False
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equality with NaN equal to NaN: a rank whose numbers are not finite must not run one forward
-    pass more than the others, which would deadlock."""
-    if a.shape != b.shape:
-        return False
-    return torch.allclose(a.double(), b.double(), rtol=0.0, atol=0.0, equal_nan=True)
-
-
-_NEEDS_LOGITS = "_aot_plugin_model_needs_logits"
-_VOCABULARY = "_aot_plugin_vocabulary"
-
-
-@contextmanager
-def _replaced_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Exchange what the head computes. Its hooks, where DeepSpeed and FSDP gather weights, stay."""
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward

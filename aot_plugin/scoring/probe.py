@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .layout import Layout
-from .logps import completion_token_logps, vocabulary
+from .logps import completion_token_logps
+from .model_head import vocabulary
 from .model_input import Batch, ModelInput, padded_rows
 
 LONGEST = 1024
