@@ -7,6 +7,7 @@ what to write instead, or is named in a single warning (``without_effect``).
 
 import dataclasses
 import difflib
+import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -216,10 +217,13 @@ def known_keys() -> set[str]:
     flags of the host's commands, which ``load_cfg`` writes into the config.
     """
     from axolotl.cli import args as flags
-    from axolotl.integrations.config import merge_input_args
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.schemas.config import AxolotlConfigWCapabilities, AxolotlInputConfig
 
     known = set(_LEFT_TO_HOST)
-    for schema in merge_input_args():
+    # One by one: to merge them into a schema, as the host does to validate, takes half a second.
+    of_plugins = map(pkgutil.resolve_name, PluginManager.get_instance().get_input_args())
+    for schema in (AxolotlConfigWCapabilities, AxolotlInputConfig, *of_plugins):
         for name, field in schema.model_fields.items():
             choices = getattr(field.validation_alias, "choices", [field.validation_alias])
             known |= {name, *(a for a in (field.alias, *choices) if isinstance(a, str))}
