@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ settings.load_profile("busy")
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _saved_in_process() -> Iterator[None]:
+    from harness import saved_in_process
+
+    with saved_in_process():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -234,6 +234,19 @@ def write_config(path: Path, cfg: dict[str, Any]) -> Path:
     return path
 
 
+def saved_in_process() -> Any:
+    """A patch of ``Dataset.save_to_disk``: the same files, written by this process. The host has
+    them written by a new interpreter, even a few rows, which takes longer than a tiny run."""
+    from datasets import Dataset
+
+    save = Dataset.save_to_disk
+
+    def without_pool(self: Dataset, path: str, **keys: Any) -> None:
+        save(self, path, **keys | {"num_proc": None})
+
+    return mock.patch.object(Dataset, "save_to_disk", without_pool)
+
+
 def train(cfg: dict[str, Any]) -> Run:
     """Train in this process, by the function that the host's command calls."""
     import axolotl.train  # noqa: F401  (all of the host, before the freeze)

@@ -223,7 +223,7 @@ def shrunk(written: Mapping[str, Any], model: Path, data: Path, out: Path) -> di
         "bf16": False,
         "fp16": False,
         "tf32": None,
-        "dataset_num_proc": 1,
+        "dataset_num_proc": 0,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
     }

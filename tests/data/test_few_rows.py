@@ -8,7 +8,7 @@ import pytest
 from harness import Run, config, paired_rows, unpaired_rows, write_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))
-from ranks_helpers import job, log, torchrun
+from ranks_helpers import job, log, on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def test_more_ranks_than_rows(tiny_model: Path, tmp_path: Path) -> None:
         cfg = config(tiny_model, data, tmp_path / name, aot_mode=mode, **keys)
         jobs.append(job(cfg | {"dataset_prepared_path": prepared}))
     jobs[-1]["fails"] = "yes"
-    assert torchrun(jobs, tmp_path / "work", timeout=400) == 0, log(tmp_path / "work")[-6000:]
+    assert on_ranks(jobs, tmp_path / "work", timeout=400) == 0, log(tmp_path / "work")[-6000:]
     for name in ("one-pair", "two-labels"):
         assert len(Run.last(tmp_path / name).logged("loss")) == 2, name
     for rank in range(2):

@@ -13,7 +13,6 @@ import datasets
 import pytest
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
-from datasets import Dataset
 from harness import config, paired_rows, unpaired_rows, write_config, write_rows
 from transformers import AutoTokenizer
 
@@ -40,10 +39,6 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 def prepared(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``prepared(**keys)``: the rows that the host's command would train on."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    save = Dataset.save_to_disk  # the host's way starts a pool of processes to write a few rows
-    monkeypatch.setattr(
-        Dataset, "save_to_disk", lambda self, path, **keys: save(self, path, max_shard_size=None)
-    )
     told: list[str] = []
     monkeypatch.setattr(
         "aot_plugin.data.freshness.LOG.warning", lambda text, *args: told.append(text % args)

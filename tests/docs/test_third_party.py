@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from harness import ENV, Run, axolotl, config, paired_rows, sentence, write_config, write_rows
+from harness import ENV, Run, config, paired_rows, sentence, write_config, write_rows
+from host_process import forked_axolotl
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytestmark = pytest.mark.slow
@@ -61,7 +62,8 @@ def train(package: Path, model: Path, data: Path, written: dict[str, Any]) -> Ru
         **{"max_steps": 3, "gradient_accumulation_steps": ROWS // 2, "rl_beta": BETA, **written},
     )
     path = write_config(model.parent / "train.yml", cfg)
-    axolotl("train", path, "--launcher", "python", timeout=240, PYTHONPATH=str(package))
+    installed = {"PYTHONPATH": str(package)}
+    forked_axolotl("train", path, "--launcher", "python", env=installed)
     run = Run.last(model.parent / "out")
     assert len(run.logged("loss")) == 3
     assert run.logged("aot/w1")[-1] > 0.1  # it trained: the policy has left the reference

@@ -2,53 +2,52 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ENV, config, paired_rows, unpaired_rows, write_config, write_rows
+from harness import config, paired_rows, saved_in_process, unpaired_rows, write_config, write_rows
+from host_process import Fork
 
 pytestmark = pytest.mark.slow
 
-RUN = """
-import json, sys
-if sys.argv.pop(1) == "hidden":  # as if the plugin were not installed
-    import axolotl.integrations.base as host
-    real = host.entry_points
-    host.entry_points = lambda **keys: [
-        point for point in real(**keys) if not point.value.startswith("aot_plugin")
-    ]
-path = sys.argv.pop(1)
-from axolotl.cli.config import load_cfg
-from axolotl.cli.train import do_cli
-cfg = load_cfg(path).to_dict()
-do_cli(config=path)
-print("LOADED", "aot_plugin" in sys.modules, any(m.startswith("aot_plugin.t") for m in sys.modules))
-print("CONFIG", json.dumps(cfg, sort_keys=True, default=str))
-"""
+
+def train(path: str, plugin: str) -> None:
+    """Trains, and writes what the process has loaded and how the host has validated the config."""
+    assert not any(name.startswith("aot_plugin") for name in sys.modules)
+    if plugin == "hidden":  # as if the plugin were not installed
+        import axolotl.integrations.base as host
+
+        real = host.entry_points
+        host.entry_points = lambda **keys: [
+            point for point in real(**keys) if not point.value.startswith("aot_plugin")
+        ]
+    from axolotl.cli.config import load_cfg
+    from axolotl.cli.train import do_cli
+
+    sys.argv = ["train"]
+    cfg = load_cfg(path).to_dict()
+    with saved_in_process():
+        do_cli(config=path)
+    loaded = "aot_plugin" in sys.modules, any(m.startswith("aot_plugin.t") for m in sys.modules)
+    seen = {"loaded": loaded, "config": cfg}
+    Path(path).with_suffix(".json").write_text(json.dumps(seen, sort_keys=True, default=str))
 
 
-def run(cfg: dict[str, Any], plugin: str) -> tuple[str, dict[str, Any], list[Any]]:
+def run(cfg: dict[str, Any], plugin: str) -> tuple[list[bool], dict[str, Any], list[Any]]:
     out = Path(cfg["output_dir"])
     path = write_config(out.parent / "config.yml", cfg)
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, plugin, str(path)],
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    process = Fork("test_good_guest:train", str(path), plugin, log=path.with_suffix(".log"))
+    assert process.wait() == 0, process.log.read_text()[-6000:]
+    seen = json.loads(path.with_suffix(".json").read_text())
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
     history = [
         {key: entry[key] for key in ("loss", "grad_norm") if key in entry}
         for entry in state["log_history"]
     ]
     os.rename(out, out.with_name(f"{out.name}-{plugin}"))
-    return lines["LOADED"], json.loads(lines["CONFIG"]), history
+    return seen["loaded"], seen["config"], history
 
 
 @pytest.mark.parametrize("rl", ["dpo", "kto", "orpo", None])
@@ -80,8 +79,8 @@ def test_other_runs_are_the_same_to_the_bit(
         del cfg["rl"], cfg["rl_beta"]
     with_plugin, cfg_with, history_with = run(cfg, "installed")
     without, cfg_without, history_without = run(cfg, "hidden")
-    assert with_plugin == "True False"  # discovered, but no trainer of ours imported
-    assert without == "False False"
+    assert with_plugin == [True, False]  # discovered, but no trainer of ours imported
+    assert without == [False, False]
     assert cfg_with == cfg_without
     assert history_with == history_without
     assert len(history_with) >= 2

@@ -1,11 +1,11 @@
 """Reference log-probabilities on disk: one pass for all runs that ask the same reference."""
 
 import math
-import subprocess
 from pathlib import Path
 
 import pytest
-from harness import ENV, Run, config, paired_rows, train, unpaired_rows, write_config, write_rows
+from harness import Run, config, paired_rows, train, unpaired_rows, write_config, write_rows
+from host_process import start_axolotl
 
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 PASS = "Computing reference log probs"
@@ -80,11 +80,10 @@ def test_two_runs_may_write_at_once(tiny_model: Path, tmp_path: Path) -> None:
             tiny_model, data, tmp_path / name, precompute_ref_log_probs=True, max_steps=2, **LORA
         )
         path = write_config(tmp_path / f"{name}.yml", cfg)
-        log = (tmp_path / f"{name}.log").open("w")
-        command = ["axolotl", "train", str(path), "--launcher", "python"]
-        runs[name] = subprocess.Popen(command, env=ENV, stdout=log, stderr=subprocess.STDOUT)
-    codes = {name: process.wait(timeout=600) for name, process in runs.items()}
-    logs = {name: (tmp_path / f"{name}.log").read_text() for name in runs}
+        log = tmp_path / f"{name}.log"
+        runs[name] = start_axolotl("train", path, "--launcher", "python", log=log)
+    codes = {name: process.wait() for name, process in runs.items()}
+    logs = {name: process.log.read_text() for name, process in runs.items()}
     assert codes == {"one": 0, "two": 0}, logs
     losses = [Run.last(tmp_path / name).logged("loss") for name in runs]
     assert losses[0] == losses[1]

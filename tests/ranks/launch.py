@@ -1,4 +1,5 @@
-"""Trains the host on several CPU ranks; torchrun starts it, and it is a test's, never the plugin's.
+"""Trains the host on one of several CPU ranks; it is a test's, never the plugin's. torchrun starts
+it as a script, and ``ranks_helpers.on_ranks`` as a fork with the environment that torchrun gives.
 
 The host expects a GPU wherever there are several ranks. This shim takes the place of what needs
 one, and of nothing else:
@@ -35,6 +36,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import saved_in_process
 
 RANK = int(os.environ["RANK"])
 WORLD_SIZE = int(os.environ["WORLD_SIZE"])
@@ -151,19 +155,21 @@ def train(job: dict[str, str]) -> None:
     reset_host()
 
 
-def main(jobs: list[dict[str, str]], world_size: int) -> None:
+def main(listing: str, world_size: int) -> None:
+    """Trains the jobs that a file lists."""
     assert world_size == WORLD_SIZE
     faulthandler.register(signal.SIGTERM, chain=True)  # the log of a timeout says where it hung
     import axolotl.train  # noqa: F401  (all of the host, before the freeze)
 
     gc.freeze()
-    for job in jobs:
-        print(f"rank {RANK}: {job}", flush=True)
-        train(job)
+    with saved_in_process():
+        for job in json.loads(Path(listing).read_text()):
+            print(f"rank {RANK}: {job}", flush=True)
+            train(job)
     print(f"rank {RANK}: done", flush=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,8 +1,7 @@
 """Two nodes that share no folder: each has its own rows, prepared data, cached reference and
 checkpoints. What can't go on that way ends on both, and says why.
 
-The nodes are two torchruns of one rank each, with working folders of their own and relative paths
-in the configs.
+The nodes are of one rank each, with working folders of their own and relative paths in the configs.
 """
 
 import json

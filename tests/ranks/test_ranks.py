@@ -1,8 +1,8 @@
 """Several ranks (DDP) train as one process does at the same effective batch.
 
-All runs on two ranks come out of one torchrun (``launch.py``), those on three out of another; the
-runs of one process are trained here. As in ``e2e/test_exact_step.py`` a negative control, sorting
-inside micro-batches, must miss; and so must one in which repeated rows count.
+All runs on two ranks come out of the same two processes (``launch.py``), those on three out of
+three others; the runs of one process are trained here. As in ``e2e/test_exact_step.py`` a negative
+control, sorting inside micro-batches, must miss; and so must one in which repeated rows count.
 """
 
 import json
@@ -19,6 +19,7 @@ from ranks_helpers import (
     assert_same_evaluation,
     job,
     log,
+    on_ranks,
     relative,
     torchrun,
 )
@@ -156,8 +157,8 @@ def bench(empty_bench: Bench) -> Bench:
         if name.endswith(REFUSED):
             keys["fails"] = "yes"
         jobs.append(job(cfg, **keys))
-    code = torchrun(jobs, bench.work / "log", timeout=1200)
-    assert code == 0, f"torchrun failed with {code}:\n{log(bench.work / 'log')[-8000:]}"
+    code = on_ranks(jobs, bench.work / "log", timeout=1200)
+    assert code == 0, f"the ranks failed with {code}:\n{log(bench.work / 'log')[-8000:]}"
     return bench
 
 
@@ -256,8 +257,8 @@ def three(empty_bench: Bench) -> Bench:
         bench.config("ranks", f"three-{data}", data.split("-")[0], *cut, data=data, num_epochs=6)
         for data, cut in cuts.items()
     ]
-    code = torchrun(list(map(job, configs)), bench.work / "three", ranks=3, timeout=600)
-    assert code == 0, f"torchrun failed with {code}:\n{log(bench.work / 'three')[-8000:]}"
+    code = on_ranks(list(map(job, configs)), bench.work / "three", ranks=3, timeout=600)
+    assert code == 0, f"the ranks failed with {code}:\n{log(bench.work / 'three')[-8000:]}"
     return bench
 
 
@@ -316,10 +317,14 @@ def test_every_rank_raises_where_one_is_not_finite(mode: str, bench: Bench) -> N
     assert_every_rank_raised(bench.work / "ranks" / f"{mode}-not_finite", sequences, 2 * sequences)
 
 
-def test_the_run_ends_when_a_rank_dies(bench: Bench, tmp_path: Path, tiny_model: Path) -> None:
-    cfg = bench.config("dead", "die", "paired", 4, 2)
-    code = torchrun([job(cfg, fault="die")], tmp_path, timeout=400)
+def test_torchrun_trains_and_ends_when_a_rank_dies(
+    bench: Bench, whole: Callable[[str], Run], tmp_path: Path
+) -> None:
+    """The other runs on ranks are not started by torchrun, which would import the host anew."""
+    first, second = (bench.config("torchrun", name, "paired", 4, 2) for name in ("whole", "dies"))
+    code = torchrun([job(first), job(second, fault="die")], tmp_path, timeout=400)
     assert code == 1
+    assert_same(Run.last(Path(first["output_dir"])), whole("paired"), tolerance=ROUNDING)
     text = log(tmp_path)
     assert "Starting trainer" in text and "exitcode: 1" in text
     assert "done" not in text

@@ -1,10 +1,11 @@
 """DeepSpeed's ZeRO stages and FSDP2 on two ranks train as one process does; save, resume, reload.
 
-All runs on two ranks come out of one torchrun; ``launch.py`` asserts that the model was wrapped by
-what the config asks for. Full fine-tuning (with a loaded reference model) has the tied embeddings
-of the tiny model: there the LM head, whose input we hook, shares a sharded parameter. The other
-runs have an LM head of their own. LoRA runs have one micro-batch a step, so that the reference pass
-(the same wrapper, adapter disabled) falls between the policy's forward and its backward pass.
+All runs on two ranks come out of the same two processes; ``launch.py`` asserts that the model was
+wrapped by what the config asks for. Full fine-tuning (with a loaded reference model) has the tied
+embeddings of the tiny model: there the LM head, whose input we hook, shares a sharded parameter.
+The other runs have an LM head of their own. LoRA runs have one micro-batch a step, so that the
+reference pass (the same wrapper, adapter disabled) falls between the policy's forward and its
+backward pass.
 """
 
 import json
@@ -21,8 +22,8 @@ from ranks_helpers import (
     assert_same_evaluation,
     job,
     log,
+    on_ranks,
     relative,
-    torchrun,
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,8 +150,8 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tiny_model: Path, untied_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     bench = Bench(tmp_path_factory.mktemp("sharded"), tiny_model, untied_model)
-    code = torchrun(bench.on_ranks(), bench.work / "log", timeout=1500)
-    assert code == 0, f"torchrun failed with {code}:\n{log(bench.work / 'log')[-8000:]}"
+    code = on_ranks(bench.on_ranks(), bench.work / "log", timeout=1500)
+    assert code == 0, f"the ranks failed with {code}:\n{log(bench.work / 'log')[-8000:]}"
     return bench
 
 

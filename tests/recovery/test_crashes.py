@@ -10,13 +10,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from harness import ENV, Run, config, paired_rows, unpaired_rows, write_config, write_rows
+from host_process import start_axolotl
 
 pytestmark = pytest.mark.slow
 
@@ -49,35 +49,18 @@ class Process:
 Start = Callable[[Path], Process]
 
 
-@pytest.fixture(scope="module")
-def start() -> Iterator[Start]:
+@pytest.fixture
+def start() -> Start:
     """``start(config)``: a training in a process of its own."""
     if os.environ.get("AOT_REAL_COMMAND"):
-        yield command
-        return
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
-        env=ENV,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    stdin, stdout = server.stdin, server.stdout
-    assert stdin and stdout
-
-    def answer() -> int:
-        # The host writes to the standard output too.
-        return next(int(line[1:]) for line in iter(stdout.readline, "") if line.startswith("@"))
+        return command
 
     def fork(path: Path) -> Process:
         log = path.with_suffix(".log")
-        stdin.write(f"{path} {log}\n")
-        stdin.flush()
-        return Process(answer(), answer, log)
+        process = start_axolotl("train", path, "--launcher", "python", log=log)
+        return Process(process.pid, lambda: process.wait(TIMEOUT), log)
 
-    yield fork
-    stdin.close()
-    server.wait(TIMEOUT)
+    return fork
 
 
 def command(path: Path) -> Process:
