@@ -28,8 +28,9 @@ quickstart-unpaired: env
 	axolotl train example_configs/quickstart_unpaired.yml --launcher python
 	$(BIN)/python example_configs/quickstart/measure.py outputs/quickstart-unpaired
 
-# Two workers, since most tests use one thread; a file's tests share what they have set up.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two workers, since most tests use one thread; a file's tests share what they have set up. Files
+# run in their order, which ends with many short ones; reordered, those of few long tests come last.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: env
 	$(BIN)/python example_configs/quickstart/prepare_model.py $(MODEL)

@@ -81,6 +81,7 @@ def effective(key: str, value: Any) -> Any:
     return number
 
 
+@pytest.mark.slow
 @MANY
 @given(key=st.sampled_from(KEYS), value=VALUES)
 def test_any_value_of_our_keys(key: str, value: Any, validated: Any) -> None:
@@ -96,6 +97,7 @@ def test_any_value_of_our_keys(key: str, value: Any, validated: Any) -> None:
         assert expected is None or cfg[key] == expected
 
 
+@pytest.mark.slow
 @MANY
 @given(key=st.sampled_from(KEYS), seed=st.integers(0, 10**6))
 def test_a_misspelt_key_is_never_ignored(key: str, seed: int, validated: Any) -> None:
@@ -121,6 +123,7 @@ def test_a_misspelt_key_is_never_ignored(key: str, seed: int, validated: Any) ->
         validated(**{misspelt: value})
 
 
+@pytest.mark.slow
 @MANY
 @given(
     key=st.sampled_from(

@@ -180,6 +180,7 @@ def test_a_flag_that_the_hosts_command_swallows_is_refused(
         AOTPlugin().register(aot())
 
 
+@pytest.mark.slow
 def test_importing_the_plugin_brings_in_nothing_new() -> None:
     """Beyond what the host has imported when it looks for plugins, only our own light modules."""
     code = (

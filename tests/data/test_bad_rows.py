@@ -109,6 +109,7 @@ WRONG: dict[str, Callable[[Row], Row]] = {
 }
 
 
+@pytest.mark.slow
 @MANY
 @given(kinds=st.lists(st.sampled_from(sorted(UNPAIRED)), max_size=6))
 def test_unpaired_rows_are_kept_or_counted(kinds: list[str], load: Load) -> None:
@@ -124,6 +125,7 @@ def test_unpaired_rows_are_kept_or_counted(kinds: list[str], load: Load) -> None
         assert row["prompt"].strip() and row["template_completion_ids"]
 
 
+@pytest.mark.slow
 @MANY
 @given(
     kind=st.sampled_from(sorted(WRONG)),
@@ -168,6 +170,7 @@ PAIRED: dict[str, tuple[Callable[[Row], Row], str]] = {
 }
 
 
+@pytest.mark.slow
 @MANY
 @given(kinds=st.lists(st.sampled_from(sorted(PAIRED)), min_size=1, max_size=4))
 def test_pairs_are_kept_or_counted_or_named(kinds: list[str], load: Load) -> None:

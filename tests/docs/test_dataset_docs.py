@@ -324,6 +324,7 @@ def localized(mode: str, folder: Path) -> list[dict[str, Any]]:
     return local
 
 
+@pytest.mark.slow
 def test_unpaired_entries(config, tmp_path):
     names = [entry["path"] for entry in entries("unpaired")]
     cfg = config(localized("unpaired", tmp_path), skip_prepare_dataset=True)
@@ -351,6 +352,7 @@ def test_unpaired_entries(config, tmp_path):
             assert ("Is it old?<|im_end|>\n<|im_start|>assistant\nYes." in asked) == multi_turn
 
 
+@pytest.mark.slow
 def test_paired_entries(config, tmp_path):
     local = localized("paired", tmp_path)
     cfg = config(local, aot_mode="paired", skip_prepare_dataset=True)
