@@ -1,8 +1,8 @@
 """What a layout of sequences costs a model, in work and in memory, before it is computed.
 
 A forward pass of ``rows`` rows of ``width`` tokens multiplies each token with the weights of each
-layer (linear in the tokens), and each query with each key (quadratic in the width). A mask of
-one's own costs twice: attention loses the causal kernel, which leaves out half of the pairs, and
+layer (linear in the tokens), and each query with each key (quadratic in the width). A custom
+mask costs twice: attention loses the causal kernel, which leaves out half of the pairs, and
 the mask itself is held.
 """
 

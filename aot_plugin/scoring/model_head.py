@@ -1,4 +1,4 @@
-"""How a model uses its LM head, found out once: whether logits can be computed chunk by chunk."""
+"""Whether a model's logits can be computed in chunks of tokens, examined once per model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,8 +33,8 @@ class Examined:
 
 
 def examined(model: nn.Module, head: nn.Module, inputs: ModelInput) -> Examined:
-    """Asked of the model once, with the first tokens of these rows: one forward pass, which all
-    ranks make, and from which all come to the same result."""
+    """Examines the model on first use, in one forward pass of the first tokens of these rows. All
+    ranks make this pass and come to the same result."""
     if not hasattr(head, _EXAMINED):
         setattr(head, _EXAMINED, _examine(model, head, inputs.input_ids[:1, :8]))
     return getattr(head, _EXAMINED)
@@ -53,16 +53,16 @@ def why_head_is_not_chunked(head: nn.Module) -> str | None:
 
 
 def chunk_no_more(head: nn.Module, why: str) -> None:
-    """From now on, and on all ranks."""
+    """Switches chunks off for the rest of the run. To be called on all ranks."""
     found: Examined = getattr(head, _EXAMINED)
     setattr(head, _EXAMINED, replace(found, why_not_chunked=why))
 
 
 def chunkable_head(head: nn.Module, forward: Forward, found: Examined) -> Head:
-    """The LM head in the state that it is in now, under the hooks that gather its weights.
+    """The LM head with its current weights, to be called inside the hooks that gather them.
 
     Args:
-        forward: its own forward pass, where another one stands in for it.
+        forward: the head's own forward pass, which another function replaces at the moment.
     """
     if _is_linear(head, forward):
         assert isinstance(head, nn.Linear)
@@ -72,7 +72,7 @@ def chunkable_head(head: nn.Module, forward: Forward, found: Examined) -> Head:
 
 @contextmanager
 def replaced_forward(head: nn.Module, forward: Forward) -> Iterator[None]:
-    """Exchange what the head computes. Its hooks, where DeepSpeed and FSDP gather weights, stay."""
+    """Replaces what the head computes. Its hooks, where DeepSpeed and FSDP gather weights, stay."""
     exchanged = vars(head).get("forward")  # by another package
     head.forward = forward
     try:
@@ -88,7 +88,7 @@ _EXAMINED = "_aot_plugin_examined"
 
 @torch.no_grad()
 def _examine(model: nn.Module, head: nn.Module, ids: Tensor) -> Examined:
-    """Has the model return known logits, in place of those of its head."""
+    """Replaces the head's logits by known ones, and looks at what the model returns for them."""
     forward: Forward = head.forward
     given: list[Tensor] = []
 
@@ -109,12 +109,12 @@ def _examine(model: nn.Module, head: nn.Module, ids: Tensor) -> Examined:
 
 
 def _is_linear(head: nn.Module, forward: Forward) -> bool:
-    """Whether a matrix product with its weight is all that it does."""
+    """Whether the head does nothing but multiply by its weight and add its bias."""
     return type(head) is nn.Linear and getattr(forward, "__func__", None) is nn.Linear.forward
 
 
 def _why_not(model: nn.Module, head: nn.Module) -> str | None:
-    """What forbids to call a head that is more than a matrix chunk by chunk."""
+    """Why a head that is not a plain linear layer can't be called on chunks; None if it can."""
     name = f"{type(head).__module__.split('.')[0]} {type(head).__name__}"
     if any(isinstance(part, _DropoutNd) and part.p > 0 for part in head.modules()):
         return f"the LM head is a {name} with dropout"

@@ -38,13 +38,14 @@ def settle_layout(
     regrouped: bool,
     multiple: int = 1,
 ) -> Settled:
-    """Ask ``model``, in the state and under the autocast in which it is going to score.
+    """Probes the layouts that the model's config permits, and returns the best one that is exact.
 
     Args:
+        model: the policy, in the state and under the autocast in which it is going to score.
         unwrapped: the same without the wrappers of DDP, DeepSpeed or FSDP.
         longest: tokens of the widest row, padding included; None if there is no limit.
         checkpointing: whether layers forget what they computed until the backward pass.
-        regrouped: whether a step is exact over several micro-batches.
+        regrouped: whether sequences are regrouped, so that a step is exact over micro-batches.
         multiple: what the width of padded rows is rounded up to.
 
     Raises:
@@ -96,7 +97,7 @@ def possible_layouts(
     if varlen.takes_segments(backend, device):
         found.append(Packed(varlen.segments_for(backend, device)))
     if backend not in ("sdpa", "eager", "flex_attention"):
-        return found, f"`attn_implementation: {backend}` takes no mask of one's own"
+        return found, f"`attn_implementation: {backend}` accepts no custom mask"
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
@@ -114,8 +115,8 @@ def possible_layouts(
 
 
 def why_rows_hold_one_sequence(model: PreTrainedModel) -> str | None:
-    """What forbids several sequences in a row, whatever the attention; None if nothing is known
-    to."""
+    """What forbids several sequences in a row with every kind of attention; None if nothing is
+    known to forbid it."""
     config = model.config.get_text_config()
     if getattr(config, "attention_chunk_size", None) is not None:
         return "the model attends within chunks"
@@ -126,7 +127,7 @@ def why_rows_hold_one_sequence(model: PreTrainedModel) -> str | None:
         others = others or ["convolution"]
     if others:
         return f"the model has layers of another kind ({', '.join(others)})"
-    # Written for one sequence a row, and for rows up to a length that a probe need not meet.
+    # Such a mask is written for one sequence a row, and may act beyond the probe's length only.
     if any(buffer.ndim == 4 and buffer.dtype == torch.bool for buffer in model.buffers()):
         return "the model has a mask of its own"
     return None

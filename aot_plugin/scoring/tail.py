@@ -1,8 +1,8 @@
-"""What a model does to its logits after its LM head, found out on logits that are known.
+"""What a model does to its logits after the LM head, measured on known logits.
 
-Gemma caps them softly, Cohere and Granite scale them, most models leave them alone. The number in
-question has another name in every config, so it is measured: the model is given known logits in
-place of its own, and what it returns for them says which function it is.
+Gemma applies a soft cap, Cohere and Granite scale, most models return them unchanged. Configs name
+the factor differently, so it is measured: the model is given known logits in place of its own, and
+the function is read off what it returns.
 """
 
 from collections.abc import Iterator

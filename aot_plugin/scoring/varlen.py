@@ -26,9 +26,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .masks import PROMPT, Form, Places
 
 ARGUMENT = "aot_segments"
-"""Keyword argument of the model's forward pass. It is one argument, and no name that transformers
-knows: a model that does not pass it on scores rows without it, which the probe sees, and never
-calls a kernel with lengths that do not fit its keys."""
+"""Keyword argument of the model's forward pass. transformers does not use this name, so a model
+that does not pass it on computes attention without it, which the probe detects, and never calls a
+kernel with lengths that do not match its keys."""
 
 
 class Segments(NamedTuple):
@@ -49,12 +49,13 @@ class Segments(NamedTuple):
 
 
 def segments_for(name: str, device: torch.device) -> Form:
-    """The form for attention of this name, see ``takes_segments``. It takes segments from the first
-    use of the form on, and is looked after at each use: a function that somebody else registers in
-    the meantime would ignore them.
+    """The form for attention of this name (see ``takes_segments``).
+
+    The wrapper is registered when the form is first used. The registration is checked at each use,
+    since a function that other code registers in the meantime would ignore the segments.
 
     Raises:
-        RuntimeError: (the form) if attention of this name does not take segments.
+        RuntimeError: when the form is used, if attention of this name does not take segments.
     """
 
     def form(places: Places) -> dict[str, Any]:
@@ -120,12 +121,12 @@ class SegmentedAttention:
         return self.of_segments(found, module, query, key, value, *args, **kwargs)
 
     def of_segments(self, found: Segments, *args: Any, **kwargs: Any) -> Any:
-        """Attention within segments, from keys as these name them."""
+        """Attention within segments. The keys are those of the segments already."""
         raise NotImplementedError
 
     @staticmethod
     def mask(places: Places) -> Tensor | None:
-        """What the model's forward pass gets for a mask, so that it makes none of its own."""
+        """The mask to pass to the model, so that it builds none itself."""
         return None
 
 
@@ -208,14 +209,14 @@ def _kind(name: str, device: torch.device) -> type[SegmentedAttention] | None:
 
 
 def takes_segments(name: str, device: torch.device) -> bool:
-    """Whether attention of this name is, or is wrapped around, transformers' own function for
-    kernels that take lengths. Others register functions of their own under its names, of which
-    nothing is known."""
+    """Whether attention of this name is transformers' own function for kernels that take lengths,
+    or our wrapper of it. False for a function that other code has registered under the name, since
+    what it does with lengths is unknown."""
     return _kind(name, device) is not None
 
 
 def remove(name: str) -> None:
-    """Attention of this name as it was before it took segments."""
+    """Restores the attention function of this name."""
     registered = AttentionInterface().get(name)
     if isinstance(registered, SegmentedAttention):
         AttentionInterface.register(name, registered.inner)

@@ -1,9 +1,9 @@
 """Which carry each micro-batch of a step gets, from what is permitted and what fits into memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -131,9 +131,9 @@ class GraphSizes:
 class Budget:
     """Bytes that a step may use for kept graphs.
 
-    On a GPU: what is free at the beginning of a step, less what a step has been seen to need
-    besides, in proportion to its largest micro-batch. On a CPU: a share of the machine's memory,
-    divided by its ranks.
+    On a GPU: what is free at the beginning of a step, less what the first step needed at its peak,
+    in proportion to the largest micro-batch. On a CPU: a share of the machine's memory, divided by
+    its ranks.
 
     Args:
         device: where the model is.
@@ -145,7 +145,7 @@ class Budget:
         self._device = device
         self._limit = float("inf") if limit is None else limit
         self._ranks = ranks
-        self._largest = 0
+        self._largest = self._before = 0
         self._needed: float | None = None
 
     def of_step(self, largest: int) -> float:
@@ -153,15 +153,19 @@ class Budget:
         if self._device.type != "cuda":
             of_machine = psutil.virtual_memory().total * CPU_SHARE / self._ranks
             return min(self._limit, of_machine)
-        available = _available(self._device)
         if self._needed is None:
-            if not self._largest:  # the first step, after which its needs are known
-                self._largest = largest
-                return 0.0
-            peak = torch.cuda.max_memory_allocated(self._device)
-            self._needed = peak - torch.cuda.memory_allocated(self._device)
+            self._largest = largest
+            self._before = torch.cuda.memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)  # the peak was that of loading
+            return 0.0
         step = self._needed * max(1.0, largest / self._largest)
-        return max(0.0, min(self._limit, FREE_SHARE * available - step))
+        return max(0.0, min(self._limit, FREE_SHARE * _available(self._device) - step))
+
+    def step_ended(self) -> None:
+        """To be called after the last backward pass of a step, before the host's log, which resets
+        the peak."""
+        if self._needed is None and self._largest:
+            self._needed = torch.cuda.max_memory_allocated(self._device) - self._before
 
     def lower(self, kept: float) -> None:
         """After a step that ran out of memory with ``kept`` bytes of graphs: half of them for the
@@ -176,11 +180,39 @@ def _available(device: torch.device) -> float:
     return free + unused
 
 
-class Allocations(TorchDispatchMode):
-    """Bytes of tensors that were made within this context and are still alive.
+class Made(Protocol):
+    """Bytes of the tensors that were made in a context and are alive after it."""
 
-    Counts storages, so views count once, and on every kind of device.
-    """
+    @property
+    def nbytes(self) -> int: ...
+
+
+@contextmanager
+def measured(device: torch.device) -> Iterator[Made]:
+    """Measures the tensors that survive this context."""
+    if device.type == "cuda":
+        # By its allocator, since compiled functions (flex attention) run uncompiled in a mode.
+        with _OfAllocator(device) as made:
+            yield made
+    else:
+        with Allocations() as allocations:
+            yield allocations
+
+
+class _OfAllocator(AbstractContextManager["_OfAllocator"]):
+    """By the difference of the bytes that are allocated on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.nbytes = device, -torch.cuda.memory_allocated(device)
+
+    def __exit__(self, *_: Any) -> None:
+        self.nbytes += torch.cuda.memory_allocated(self._device)
+
+
+class Allocations(TorchDispatchMode):
+    """By the storages that operations return: those that are still alive, views counted once."""
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -206,13 +238,3 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-@contextmanager
-def measured(wanted: bool) -> Iterator[Allocations | None]:
-    """Counts the tensors that are made within this context, if that is wanted."""
-    if not wanted:
-        yield None
-        return
-    with Allocations() as allocations:
-        yield allocations

@@ -219,8 +219,8 @@ class StepEngine:
         self._can_retry = self._permitted.may_retry and (
             len(work.batch) > 1 or not isinstance(work.carry, Rescore)
         )
-        is_last = number == self._micro_batches - 1 and not due
-        wrapped = is_last or not self._objective.whole_step
+        # The last pass of the step, by which DDP synchronizes gradients.
+        wrapped = number == self._micro_batches - 1 and not due
         if work.weights is None:
             logps = work.carry.score(wrapped)
             ref_logps = work.batch.reference_logps(self._scorer)
@@ -243,6 +243,7 @@ class StepEngine:
         """To be called after the backward passes of micro-batch ``number``."""
         if number == self._micro_batches - 1:
             self._done = []
+            self._budget.step_ended()
             self._record.passes = self._scorer.take_passes()
             self._record.loss = self._loss
             emit(self._record)
@@ -387,9 +388,11 @@ class StepEngine:
         if not isinstance(carry, KeepGraph):
             return carry.score(wrapped=False)
         rows, width = self._scorer.shape(batch.inputs)
-        with measured(not self._graphs.covers(width)) as made:
+        if self._graphs.covers(width):
             logps = carry.score(wrapped=False)
-        if made is not None:
+        else:
+            with measured(batch.is_positive.device) as made:
+                logps = carry.score(wrapped=False)
             self._graphs.learn(rows, width, made.nbytes)
         self._record.kept_bytes += int(self._graphs.predict(rows, width))
         return logps

@@ -83,6 +83,23 @@ def test_a_budget_of_the_cpu() -> None:
     assert limited.of_step(100) == 300
 
 
+def test_a_budget_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the arithmetic of an allocator whose numbers are given; none is here to ask."""
+    says = {"memory_allocated": 100, "max_memory_allocated": 900, "memory_reserved": 150}
+    for name, value in {**says, "reset_peak_memory_stats": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1950, 4000))
+    device = torch.device("cuda")
+    budget = Budget(device, 1)
+    assert budget.of_step(50) == 0  # the first step shows what it needs: 900 - 100
+    budget.step_ended()
+    assert budget.of_step(50) == pytest.approx(0.8 * (1950 + 150 - 100) - 800)
+    assert budget.of_step(80) == pytest.approx(0.8 * 2000 - 1.6 * 800)  # a larger micro-batch
+    assert budget.of_step(200) == 0
+    budget.lower(400)
+    assert budget.of_step(50) == 200
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_graph_is_measured_as_what_it_holds(checkpointing: bool) -> None:
     """Against the sizes that saved tensors have by hand."""

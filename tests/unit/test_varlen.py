@@ -233,7 +233,7 @@ def test_a_function_of_somebody_else_is_left_alone(
         PACKED.arrange(batch)
     settled = settle(model)
     assert settled.layout.name == "padded"
-    assert settled.why_not_packed == f"`attn_implementation: {NAME}` takes no mask of one's own"
+    assert settled.why_not_packed == f"`attn_implementation: {NAME}` accepts no custom mask"
     assert AttentionInterface()[NAME] is ring_attention
 
 
