@@ -180,25 +180,33 @@ def refuse_inexact(trainer: Any) -> None:
     if trainer._is_vision_dataset:
         raise ValueError("`rl: aot` trains on text; the data set has an image column")
     model, whole_step = trainer.model, trainer.args.aot_batch == "step"
-    random = (
-        "the network is random: {}, and the scores of a step and its gradient would come from two "
-        "different networks; {}"
-    )
-    # The output of a new adapter is 0, so dropout in it does not change any score.
-    dropout = (n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p)
-    if whole_step and (name := next(dropout, None)):
-        raise ValueError(random.format(f"the dropout {name!r} is on", "set it to 0"))
-    # Layers that are skipped with a probability of 1/20, say, are likely to go unnoticed in the
-    # first micro-batch.
-    if whole_step and (layerdrop := getattr(model.config, "layerdrop", None)):
-        advice = "write `overrides_of_model_config: {layerdrop: 0.0}`"
-        raise ValueError(random.format(f"`layerdrop: {layerdrop}` leaves out whole layers", advice))
+    if whole_step and (part := random_part(model)):
+        what, advice = part
+        raise ValueError(
+            f"the network is random: {what}, and the scores of a step and its gradient would come "
+            f"from two different networks; {advice}"
+        )
     if trainer.aux_loss_enabled:
         raise ValueError(
             "the mixture-of-experts auxiliary loss (coefficient "
             f"{trainer.router_aux_loss_coef}) is a mean over micro-batches and can't be exact over "
             "a step; write `overrides_of_model_config: {router_aux_loss_coef: 0.0}`"
         )
+
+
+def random_part(model: Any) -> tuple[str, str] | None:
+    """What is known to make the policy random although its first scores may not show it, and what
+    to do about it; None if nothing is."""
+    # The output of a new adapter is 0, so dropout in it does not change any score.
+    dropout = (n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p)
+    if name := next(dropout, None):
+        return f"the dropout {name!r} is on", "set it to 0"
+    # Layers that are skipped with a probability of 1/20, say, are likely to go unnoticed in the
+    # first micro-batch.
+    if layerdrop := getattr(getattr(model, "config", None), "layerdrop", None):
+        what = f"`layerdrop: {layerdrop}` leaves out whole layers"
+        return what, "write `overrides_of_model_config: {layerdrop: 0.0}`"
+    return None
 
 
 def check_start(
@@ -211,7 +219,7 @@ def check_start(
     resumed: bool,
     widest: int | None,
     gather: Callable[[Tensor], Tensor],
-) -> None:
+) -> bool:
     """Refuses a random network and a wrong reference, on all ranks together.
 
     Args:
@@ -223,6 +231,9 @@ def check_start(
         resumed: True if the policy already differs from its reference.
         widest: number of tokens of the widest row in the run; None if there is no limit.
         gather: maps numbers of this rank, [1, k], to those of all ranks, [ranks, k].
+
+    Returns:
+        True if the network is random, which is refused only if ``several``.
 
     Raises:
         ValueError: naming the likely cause.
@@ -238,11 +249,13 @@ def check_start(
     found = worst_of_ranks(randomness(first))
     if found and several:
         raise ValueError(random_network(found, model, settings))
+    is_random = bool(found) or random_part(model) is not None
     if resumed:
-        return
+        return is_random
     found = worst_of_ranks(reference_error(first, batch.reference_logps(scorer)))
     if found:
         raise ValueError(wrong_reference(found, model, settings))
+    return is_random
 
 
 def some_weights(model: nn.Module) -> list[Tensor]:

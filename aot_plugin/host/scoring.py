@@ -25,6 +25,7 @@ class ScoringMixin(Trainer):
     model: Any
     ref_model: nn.Module | None
     _is_constructed = False
+    _is_random = False
 
     def _labels(self, batch: Batch) -> Tensor:
         """[sequences] bool: chosen or positive."""

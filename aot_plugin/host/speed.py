@@ -55,12 +55,17 @@ def permits(trainer: Trainer) -> Permits:
     )
 
 
-def may_retry(trainer: Trainer) -> bool:
-    """Whether this rank may cut what does not fit into its memory. Where weights are sharded, all
-    ranks must make the same passes; and offloading keeps count of what a failed pass has saved."""
+def may_retry(trainer: Any) -> bool:
+    """Whether this rank may cut what does not fit into its memory.
+
+    Not where weights are sharded, since all ranks must make the same passes; with offloading, which
+    keeps count of what a failed pass has saved; in a random network, where a second pass is another
+    network; and if the optimizer updates weights in each backward pass.
+    """
     args: Any = trainer.args
     sharded = getattr(trainer, "is_deepspeed_enabled", False) or trainer.is_fsdp_enabled
-    return not (sharded or getattr(args, "activation_offloading", False))
+    offloads = getattr(args, "activation_offloading", False)
+    return not (sharded or offloads or trainer._is_random or "layerwise" in str(args.optim))
 
 
 def why_gradients_are_not_held(trainer: Any) -> str | None:

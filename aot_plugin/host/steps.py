@@ -97,7 +97,7 @@ class StepsMixin(EvaluationMixin):
         several = self._objective.whole_step and len(batches) > 1
         if not self._checked:
             self._checked = True
-            check_start(
+            self._is_random = check_start(
                 self._scorer,
                 batches[0],
                 self.model,

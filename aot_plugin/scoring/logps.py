@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .lm_head import token_logps
-from .model_head import chunk_no_more, chunkable_head, examined, replaced_forward
+from .model_head import (
+    chunk_no_more,
+    chunkable_head,
+    examined,
+    parameters_behind,
+    replaced_forward,
+)
 from .model_input import ModelInput
 
 
@@ -77,7 +83,7 @@ def _token_logps(
 
         with replaced_forward(head, in_place_of_logits):
             returned = forward()
-        if not _reaches_parameters(returned.grad_fn, nodes):
+        if not any(True for _ in parameters_behind(returned.grad_fn, nodes)):
             (result,) = results
             return result + 0 * returned.sum(), sequence
         chunk_no_more(head, "the model has a trained parameter that changes its logits")
@@ -107,16 +113,3 @@ def _zeros_after(result: Tensor, hidden: Tensor) -> Tensor:
     """
     zero = (0 * result.nan_to_num()).sum()
     return zero + hidden.new_zeros(*hidden.shape[:-1], 1, dtype=zero.dtype)
-
-
-def _reaches_parameters(node: Any, ends: list[Any]) -> bool:
-    """Whether a path of the graph leads from ``node`` to a parameter, other than over ``ends``."""
-    todo, seen = [node], {None, *ends}
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            if hasattr(node, "variable"):
-                return True
-            todo.extend(before for before, _ in node.next_functions)
-    return False

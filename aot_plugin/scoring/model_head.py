@@ -1,6 +1,6 @@
 """Whether a model's logits can be computed in chunks of tokens, examined once per model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,9 +91,14 @@ def _examine(model: nn.Module, head: nn.Module, ids: Tensor) -> Examined:
     """Replaces the head's logits by known ones, and looks at what the model returns for them."""
     forward: Forward = head.forward
     given: list[Tensor] = []
+    own = set(head.parameters())
+    foreign: list[Tensor] = []
 
     def give_known_logits(hidden: Tensor) -> Tensor:
-        given.append(known_logits(forward(hidden)))
+        with torch.enable_grad():
+            logits = forward(hidden)
+        foreign.extend(p for p in parameters_behind(logits.grad_fn) if p not in own)
+        given.append(known_logits(logits.detach()))
         return given[-1].clone()  # the model may change it in place
 
     with replaced_forward(head, give_known_logits):
@@ -105,7 +110,23 @@ def _examine(model: nn.Module, head: nn.Module, ids: Tensor) -> Examined:
     if tail is None:
         why = "what the model does to its logits is neither scaling nor soft-capping"
         return Examined(width, why_not_chunked=why)
-    return Examined(width, tail, None if _is_linear(head, forward) else _why_not(model, head))
+    if _is_linear(head, forward):
+        return Examined(width, tail)
+    if foreign:  # chunks give gradients to the head's own parameters only
+        return Examined(width, why_not_chunked="the LM head uses trained weights of another module")
+    return Examined(width, tail, _why_not(model, head))
+
+
+def parameters_behind(node: Any, ends: Iterable[Any] = ()) -> Iterator[Tensor]:
+    """The parameters that paths of a graph lead to from ``node``, other than over ``ends``."""
+    todo, seen = [node], {None, *ends}
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                yield node.variable
+            todo.extend(before for before, _ in node.next_functions)
 
 
 def _is_linear(head: nn.Module, forward: Forward) -> bool:

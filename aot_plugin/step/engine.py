@@ -241,6 +241,7 @@ class StepEngine:
 
     def finish(self, number: int) -> None:
         """To be called after the backward passes of micro-batch ``number``."""
+        self._can_retry = False
         if number == self._micro_batches - 1:
             self._done = []
             self._budget.step_ended()
@@ -281,6 +282,7 @@ class StepEngine:
 
     def abandon(self) -> None:
         """Frees the graphs, gradients and batches of a step that failed."""
+        self._can_retry = False
         self._due.clear()
         self._done.clear()
 

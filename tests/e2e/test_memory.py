@@ -35,8 +35,9 @@ CHECKPOINTING["checkpointed"]["gradient_checkpointing_kwargs"] = {"use_reentrant
 SOME = 0.3
 
 
-@pytest.mark.parametrize("how", CHECKPOINTING)
-@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+@pytest.mark.parametrize(
+    ("mode", "how"), [("paired", "plain"), ("unpaired", "checkpointed"), ("paired", "reentrant")]
+)
 def test_graphs_are_kept_within_a_budget(
     mode: str, how: str, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -156,26 +157,34 @@ def limited(memory: Memory) -> Iterator[list[str]]:
 
 
 # A micro-batch of two pairs takes some 100 to 160 tokens.
-PLACES: dict[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
-    "scoring": ({"scoring": 70}, (2, 8), {}),
-    "a graph that is kept": ({"graphs": 250}, (2, 8), {}),
-    "a second forward pass": ({"graphs": 70}, (2, 8), {"aot_kept_memory": 0}),
-    "the backward pass of a kept graph": ({"backward": 70}, (2, 8), {}),
-    "the backward pass of a second pass": ({"backward": 70}, (2, 8), {"aot_kept_memory": 0}),
-    "one micro-batch, forward": ({"graphs": 300}, (16, 1), {}),
-    "one micro-batch, backward": ({"backward": 300}, (16, 1), {}),
-    "everywhere": ({"graphs": 70, "scoring": 80, "backward": 60}, (4, 4), {}),
+PLACES: dict[str, tuple[str, dict[str, Any], tuple[int, int], dict[str, Any]]] = {
+    "scoring": ("paired", {"scoring": 70}, (2, 8), {}),
+    "a graph that is kept": ("unpaired", {"graphs": 250}, (2, 8), {}),
+    "a second forward pass": ("paired", {"graphs": 70}, (2, 8), {"aot_kept_memory": 0}),
+    "backward, a kept graph": ("unpaired", {"backward": 70}, (2, 8), {}),
+    "backward, a second pass": ("paired", {"backward": 70}, (2, 8), {"aot_kept_memory": 0}),
+    "one micro-batch, forward": ("paired", {"graphs": 300}, (16, 1), {}),
+    "one micro-batch, backward": ("unpaired", {"backward": 300}, (16, 1), {}),
+    "everywhere": ("paired", {"graphs": 70, "scoring": 80, "backward": 60}, (4, 4), {}),
+    "everywhere, one by one": ("unpaired", {"graphs": 60, "scoring": 60}, (4, 4), {}),
 }
 
 
+@pytest.fixture(scope="module")
+def wholes(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A cutter and its run of one micro-batch a step, for each mode."""
+    found = {}
+    for mode in ("paired", "unpaired"):
+        folder = tmp_path_factory.mktemp(mode)
+        cutter = Cutter(folder, tiny_model, mode, **LORA, learning_rate=0.01, max_steps=5)
+        found[mode] = cutter, cutter.run(16, 1)
+    return found
+
+
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("mode", ["paired", "unpaired"])
-def test_a_micro_batch_that_does_not_fit_is_cut(
-    mode: str, place: str, tiny_model: Path, tmp_path: Path
-) -> None:
-    sizes, cut, keys = PLACES[place]
-    cutter = Cutter(tmp_path, tiny_model, mode, **LORA, learning_rate=0.01, max_steps=5)
-    whole = cutter.run(16, 1)
+def test_a_micro_batch_that_does_not_fit_is_cut(place: str, wholes: dict[str, Any]) -> None:
+    mode, sizes, cut, keys = PLACES[place]
+    cutter, whole = wholes[mode]
     # Labelled rows hold fewer tokens than pairs.
     scale = 1.0 if mode == "paired" else 0.4
     memory = Memory(**{name: scale * size for name, size in sizes.items()})
@@ -189,12 +198,11 @@ def test_a_micro_batch_that_does_not_fit_is_cut(
 
 
 def test_a_held_gradient_that_does_not_fit(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wholes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pass fails, and what is held is given up: second passes take its place."""
     monkeypatch.setattr(budget, "HELD_SHARE", 100.0)
-    cutter = Cutter(tmp_path, tiny_model, "paired", **LORA, learning_rate=0.01)
-    whole = cutter.run(16, 1)
+    cutter, whole = wholes["paired"]
     memory = Memory(graphs=1e9)
     with limited(memory), watched_steps() as records:
         seen = memory.enter
@@ -229,3 +237,29 @@ def test_one_row_that_does_not_fit_says_what_to_lower(tiny_model: Path, tmp_path
     with limited(memory), pytest.raises(torch.OutOfMemoryError) as failed:
         cutter.run(2, 8)
     assert "lower `micro_batch_size` or `sequence_len`" in "\n".join(failed.value.__notes__)
+
+
+def test_a_random_network_is_not_cut(tiny_model: Path, tmp_path: Path) -> None:
+    """A second pass would be another network."""
+    keys = {"overrides_of_model_config": {"attention_dropout": 0.3}}
+    cutter = Cutter(tmp_path, tiny_model, "paired", **LORA, **keys)
+    with limited(Memory(graphs=300)), pytest.raises(torch.OutOfMemoryError) as failed:
+        cutter.run(16, 1)
+    assert "lower `micro_batch_size`" in "\n".join(failed.value.__notes__)
+
+
+def test_out_of_memory_before_a_step_begins(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is scored yet, so nothing can be done again."""
+    micro_batch = steps.StepsMixin._micro_batch
+
+    def failing(self: Any, batch: Any) -> Any:
+        if self.is_in_train and self.state.global_step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return micro_batch(self, batch)
+
+    monkeypatch.setattr(steps.StepsMixin, "_micro_batch", failing)
+    cutter = Cutter(tmp_path, tiny_model, "paired", **LORA)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        cutter.run(4, 4)

@@ -326,6 +326,27 @@ def test_a_tail_that_is_trained() -> None:
     )
 
 
+class _Borrowing(nn.Linear):
+    """As Axolotl's tied adapters: computes from weights of another module."""
+
+    def __init__(self, head: nn.Linear, other: nn.Parameter) -> None:
+        super().__init__(head.in_features, head.out_features, bias=False)
+        self.weight, self.other = head.weight, [other]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) + hidden @ self.other[0].T
+
+
+def test_a_head_that_uses_the_weights_of_another_module() -> None:
+    model = tiny("Llama")
+    embeddings = model.get_input_embeddings().weight
+    model.lm_head = _Borrowing(model.lm_head, embeddings)
+    assert_as_from_full_logits(model, model.lm_head)
+    assert why_head_is_not_chunked(model.lm_head) == (
+        "the LM head uses trained weights of another module"
+    )
+
+
 def test_an_exchanged_forward_is_run_and_stays() -> None:
     """As accelerate's hooks exchange it."""
     model = tiny("Llama")
