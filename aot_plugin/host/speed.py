@@ -21,14 +21,15 @@ def why_graph_is_not_kept(trainer: Any) -> str | None:
     args: Any = trainer.args
     if getattr(args, "activation_offloading", False):
         return "`activation_offloading` is on"
+    # FSDP2 changes the model itself, so there is no wrapper to see.
+    if getattr(trainer, "is_fsdp_enabled", False):
+        return "FSDP gathers weights in the order of the passes"
     if trainer.model_wrapped is trainer.model:
         return None
     if getattr(trainer, "is_deepspeed_enabled", False):
         # ZeRO-1 and 2 do all their work in backward passes, one for each output of the wrapper.
         sharded = trainer.model_wrapped.zero_optimization_stage() == 3
         return "ZeRO-3 gathers weights in the order of the passes" if sharded else None
-    if getattr(trainer, "is_fsdp_enabled", False):
-        return "FSDP gathers weights in the order of the passes"
     if args.torch_compile:
         return "`torch_compile` is on"
     wrapper = in_ddp(trainer)
