@@ -124,6 +124,23 @@ class _Work:
     weights: Tensor | None = None
 
 
+@dataclass
+class _Group:
+    """Sequences of a step that are scored together.
+
+    Attributes:
+        rows: their indices in the step.
+        batch: the sequences.
+        shape: rows and width of the model's input; None if that is of no use.
+        kind: of the carry.
+    """
+
+    rows: list[int]
+    batch: MicroBatch
+    shape: tuple[int, int] | None
+    kind: str = RESCORE
+
+
 class StepEngine:
     """Runs the optimizer steps of a training run.
 
@@ -305,28 +322,28 @@ class StepEngine:
 
     def _score_and_weigh(self, batches: Sequence[MicroBatch]) -> list[_Work]:
         """Stages 1 and 2 of a step of several micro-batches; its work in the order of stage 3."""
-        sequences = Sequences.from_batches([batch.inputs for batch in batches])
         step = _joined(batches)
-        groups, kinds = self._plan(sequences, [len(batch) for batch in batches])
-        parts = [step.take(rows, self._collate(sequences, rows)) for rows in groups]
-        carries = [self._carry(*both) for both in zip(kinds, parts, strict=True)]
-        logps = torch.empty(len(sequences), device=step.is_positive.device)
+        groups = self._plan(batches, step)
+        carries = [self._carry(group.kind, group.batch) for group in groups]
+        logps = torch.empty(len(step), device=step.is_positive.device)
         ref_logps = torch.empty_like(logps)
 
         def score(number: int) -> None:
+            group = groups[number]
             # Reference first, so that no graph of this micro-batch is alive then.
-            ref_logps[groups[number]] = parts[number].reference_logps(self._scorer)
-            logps[groups[number]] = self._measured_score(carries[number], parts[number])
+            ref_logps[group.rows] = group.batch.reference_logps(self._scorer)
+            logps[group.rows] = self._measured_score(carries[number], group)
 
         # Graphs are kept for the passes that run last, in reverse: the last graph made is the first
         # one to be back-propagated.
-        held = kinds.count(HOLD)
+        held = sum(group.kind == HOLD for group in groups)
         for number in (*range(held), *reversed(range(held, len(groups)))):
             try:
                 score(number)
                 continue
             except torch.OutOfMemoryError:
-                if not self._permitted.may_retry or set(kinds) == {RESCORE}:
+                keeps = any(not isinstance(carry, Rescore) for carry in carries)
+                if not (self._permitted.may_retry and keeps):
                     raise
             # Only now, since the exception held the tensors of the failed pass.
             LOG.warning(
@@ -334,49 +351,47 @@ class StepEngine:
                 "goes on without, and later steps keep half as much. The result stays exact",
                 self._record.step,
             )
-            kinds = [RESCORE] * len(groups)
-            carries[:] = [self._carry(*both) for both in zip(kinds, parts, strict=True)]
+            carries[:] = [self._carry(RESCORE, group.batch) for group in groups]
             self._budget.lower(self._record.kept_bytes)
             self._record.retries += 1
             free_memory()
             score(number)
         weights = self._transport(logps, ref_logps, step)
-        self._record.groups = groups
+        self._record.groups = [group.rows for group in groups]
         self._record.held_bytes = sum(c.nbytes for c in carries if isinstance(c, HoldGradient))
         return [
-            _Work(part, carry, weights[rows])
-            for part, carry, rows in zip(parts, carries, groups, strict=True)
+            _Work(group.batch, carry, weights[group.rows])
+            for group, carry in zip(groups, carries, strict=True)
         ]
 
-    def _plan(
-        self, sequences: Sequences, sizes: Sequence[int]
-    ) -> tuple[list[list[int]], list[str]]:
-        """The sequences' indices in new micro-batches, and the kind of each one's carry: held
-        gradients first, then kept graphs. ``sizes``: sequences of the host's micro-batches."""
+    def _plan(self, batches: Sequence[MicroBatch], step: MicroBatch) -> list[_Group]:
+        """The sequences of ``step`` in as many new micro-batches as ``batches``: those with held
+        gradients first, then those with kept graphs."""
+        sequences = Sequences.from_batches([batch.inputs for batch in batches])
         row = self._objective.step_class.sequences_per_row
         permits, fit = self._permitted, 0
-        if permits.why_no_held_gradients is None and all(size == row for size in sizes):
+        if permits.why_no_held_gradients is None and all(len(batch) == row for batch in batches):
             fit = gradients_that_fit(self._model)
         if fit:
             # One row per micro-batch, longest first: memory peaks before any gradient is held.
             lengths = sequences.lengths()
-            groups = [list(range(i, i + row)) for i in range(0, len(sequences), row)]
-            groups.sort(key=lambda rows: -sum(lengths[row] for row in rows))
+            split = [list(range(i, i + row)) for i in range(0, len(sequences), row)]
+            split.sort(key=lambda rows: -sum(lengths[row] for row in rows))
         else:
-            groups = self._scorer.settled().layout.groups(sequences, len(sizes))
-        batches = [self._collate(sequences, rows) for rows in groups]
-        graphs, budget = [math.inf] * len(groups), 0.0
-        if permits.why_no_kept_graph is None:
-            shapes = [self._scorer.shape(batch) for batch in batches]
-            graphs = [self._graphs.predict(*shape) for shape in shapes]
-            budget = self._budget.of_step(max(rows * width for rows, width in shapes))
+            split = self._scorer.settled().layout.groups(sequences, len(batches))
+        keeps = permits.why_no_kept_graph is None
+        groups = []
+        for rows in split:
+            inputs = self._collate(sequences, rows)
+            shape = self._scorer.shape(inputs) if keeps else None
+            groups.append(_Group(rows, step.take(rows, inputs), shape))
+        shapes = [group.shape for group in groups if group.shape is not None]
+        graphs = [self._graphs.predict(*shape) for shape in shapes] or [math.inf] * len(groups)
+        budget = self._budget.of_step(max(math.prod(shape) for shape in shapes)) if keeps else 0.0
         kinds = allot(graphs, permits, fit=fit, budget=budget)
-        kinds = [
-            kind if self._fit(batch) else RESCORE
-            for kind, batch in zip(kinds, batches, strict=True)
-        ]
-        order = sorted(range(len(groups)), key=lambda number: CARRIES.index(kinds[number]))
-        return [groups[number] for number in order], [kinds[number] for number in order]
+        for group, kind in zip(groups, kinds, strict=True):
+            group.kind = kind if self._fit(group.batch.inputs) else RESCORE
+        return sorted(groups, key=lambda group: CARRIES.index(group.kind))
 
     def _carry(self, kind: str, batch: MicroBatch) -> Carry:
         if kind == HOLD:
@@ -384,16 +399,17 @@ class StepEngine:
             return HoldGradient(self._scorer, batch.inputs, signs, trainable(self._model))
         return (KeepGraph if kind == KEEP else Rescore)(self._scorer, batch.inputs)
 
-    def _measured_score(self, carry: Carry, batch: MicroBatch) -> Tensor:
+    def _measured_score(self, carry: Carry, group: _Group) -> Tensor:
         """The scores of a micro-batch before stage 3. Takes note of how large its graph is, if it
         is kept and none for rows as wide has been measured."""
         if not isinstance(carry, KeepGraph):
             return carry.score(wrapped=False)
-        rows, width = self._scorer.shape(batch.inputs)
+        assert group.shape is not None
+        rows, width = group.shape
         if self._graphs.covers(width):
             logps = carry.score(wrapped=False)
         else:
-            with measured(batch.is_positive.device) as made:
+            with measured(group.batch.is_positive.device) as made:
                 logps = carry.score(wrapped=False)
             self._graphs.learn(rows, width, made.nbytes)
         self._record.kept_bytes += int(self._graphs.predict(rows, width))
