@@ -5,7 +5,9 @@ CPU, up to the call of ``flash_attn_varlen_func`` with the arguments of the real
 """
 
 import sys
+from functools import wraps
 from importlib.machinery import ModuleSpec
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -27,23 +29,13 @@ class FlashAttn:
         self.calls: list[dict[str, Any]] = []
 
     def module(self) -> ModuleType:
-        def flash_attn_varlen_func(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            cu_seqlens_q: Tensor,
-            cu_seqlens_k: Tensor,
-            max_seqlen_q: int,
-            max_seqlen_k: int,
-            dropout_p: float = 0.0,
-            softmax_scale: float | None = None,
-            causal: bool = False,
-            window_size: tuple[int, int] = (-1, -1),
-            softcap: float = 0.0,
-            deterministic: bool = False,
-            s_aux: Tensor | None = None,  # of the version for GPT-OSS
-        ) -> Tensor:
-            self.calls.append({name: value for name, value in locals().items() if name != "self"})
+        parameters = signature(attention)
+
+        @wraps(attention)  # transformers looks at the signature
+        def flash_attn_varlen_func(*args: Any, **kwargs: Any) -> Tensor:
+            call = parameters.bind(*args, **kwargs)
+            call.apply_defaults()
+            self.calls.append(dict(call.arguments))
             return attention(**self.calls[-1])
 
         def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
@@ -75,13 +67,13 @@ def attention(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    deterministic: bool,
-    s_aux: Tensor | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    s_aux: Tensor | None = None,  # of the version for GPT-OSS
 ) -> Tensor:
     """The documented behaviour of ``flash_attn_varlen_func``, one segment after the other."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
