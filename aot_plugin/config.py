@@ -74,6 +74,13 @@ class AOTInputArgs(BaseModel):
             "description": "Assumed share s of flipped labels: (1-s) h(z) + s h(-z). Default 0."
         },
     )
+    aot_score: Literal["sum", "mean"] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "What stands for a response: `sum`, its log-probability, or `mean`, its "
+            "log-probability per token, so that lengths do not decide the order. Default `sum`."
+        },
+    )
     aot_sft_weight: float | None = Field(
         default=None,
         ge=0,
@@ -126,6 +133,7 @@ class AOTOptions:
     aot_sort: str = "hard"
     aot_sort_epsilon: float = 0.1
     aot_label_smoothing: float = 0.0
+    aot_score: str = "sum"
     aot_sft_weight: float = 0.0
     aot_batch: str = "step"
     aot_report: bool = True
@@ -211,6 +219,7 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
     if args.aot_sort_epsilon is not None and args.aot_sort != "soft":
         raise ValueError("`aot_sort_epsilon` needs `aot_sort: soft`")
 
+    _check_lengths(cfg, args)
     defaults = AOTOptions()
     mode = args.aot_mode or "paired"
     updates: dict[str, Any] = {
@@ -345,6 +354,29 @@ def _beta(cfg: Mapping[str, Any]) -> dict[str, Any]:
     if cfg.get("rl_beta") is None and trl_beta is None:
         return {"rl_beta": DEFAULT_BETA}
     return {}
+
+
+def _check_lengths(cfg: Mapping[str, Any], args: AOTInputArgs) -> None:
+    """Checks the host's ``dpo_ld_alpha`` (see ``scoring.excess``)."""
+    alpha = cfg.get("dpo_ld_alpha")
+    if alpha is None:
+        return
+    number = _number(alpha)
+    if number is None or not 0 <= number <= 1:
+        raise ValueError(f"`dpo_ld_alpha: {alpha}` is wrong: write a number from 0 to 1")
+    reasons = {
+        "it compares the lengths of the two responses of a pair, and `aot_mode: unpaired` has "
+        "none; write `aot_score: mean`, or remove it": args.aot_mode == "unpaired",
+        "`aot_score: mean` corrects for lengths as well: keep one of the two": (
+            args.aot_score == "mean"
+        ),
+        "it weighs tokens, and `aot_sft_weight` needs their plain sum: keep one of the two": (
+            bool(args.aot_sft_weight)
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"`dpo_ld_alpha` can't be used here: {reason}")
 
 
 def _check_evaluation(cfg: Mapping[str, Any]) -> None:

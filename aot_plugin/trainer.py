@@ -25,8 +25,9 @@ from .host.reference_cache import refuse_unlike_rows
 from .host.repeated_rows import refuse_uneven_ranks
 from .host.sampling import StratifiedSamplingMixin
 from .host.steps import StepsMixin
-from .ot.losses import LossOptions, PairedLogps, UnpairedLogps, with_sft
+from .ot.losses import LossOptions, PairedLogps, UnpairedLogps, of_means, with_sft
 from .registry import lookup
+from .scoring.excess import mark_excess
 from .scoring.model_input import Batch
 from .step.engine import Objective
 
@@ -72,6 +73,8 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin):
             sft_weight=self.args.aot_sft_weight,
         )
         loss = lookup("aot_losses", "aot_loss", self.args.aot_loss)
+        if self.args.aot_score == "mean":
+            loss = of_means(loss)
         if options.sft_weight:
             loss = with_sft(loss)
         return Objective(loss, options, self._step_class, self.args.aot_batch == "step")
@@ -118,6 +121,12 @@ class AOTPairedTrainer(AOTTrainerMixin, AxolotlDPOTrainer):
         # TRL's collator puts the chosen responses of a batch before the rejected ones.
         n = len(batch["input_ids"])
         return torch.arange(n, device=batch["input_ids"].device) < n // 2
+
+    def _sequences(self, batch: Batch) -> Batch:
+        found = super()._sequences(batch)
+        if self._excess_weight != 1:
+            found["completion_mask"] = mark_excess(found["completion_mask"])
+        return found
 
     def _cached_ref_logps(self, batch: Batch) -> Tensor | None:
         if "ref_chosen_logps" not in batch:

@@ -143,7 +143,7 @@ def first_scores(
         scores, again = (seeded(policy, batch, 0) for _ in range(2))
         with _random_rounding(model, eps):
             elsewhere = seeded(policy_elsewhere, _wider(batch, _longest(model), widest), 0)
-    tokens = batch["completion_mask"][:, 1:].sum(dim=1)
+    tokens = batch["completion_mask"][:, 1:].bool().sum(dim=1)
     return FirstScores(scores, again, other, elsewhere, tokens, eps)
 
 

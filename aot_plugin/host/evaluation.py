@@ -9,7 +9,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalPrediction
 
-from ..ot.losses import PairedLogps
+from ..ot.losses import PairedLogps, StepLogps
 from ..report import Scores, log_figure_to_loggers, record_evaluation
 from ..step.engine import Objective, check_finite
 from ..step.metrics import step_metrics
@@ -68,6 +68,12 @@ class EvaluationMixin(ScoringMixin):
         per_row = torch.stack(columns, dim=1).double().unflatten(0, (row, -1)).transpose(0, 1)
         return None, per_row.contiguous(), torch.ones(len(per_row), device=per_row.device)
 
+    def _step_metrics(self, step: StepLogps) -> dict[str, float]:
+        found = step_metrics(step, self.beta, self.args.aot_score)
+        if self._excess_weight != 1:
+            del found["aot/nll"]  # some tokens count less
+        return found
+
     def _evaluate_columns(self, prediction: EvalPrediction) -> dict[str, float]:
         columns = np.asarray(prediction.predictions, dtype=np.float64)
         rows = torch.from_numpy(columns).flatten(0, 1)
@@ -78,7 +84,7 @@ class EvaluationMixin(ScoringMixin):
         if len(step.u) == 0 or len(step.v) == 0:
             LOG.warning("the evaluation set holds one label only: there is nothing to compare")
             return metrics
-        metrics |= step_metrics(step, self.beta)
+        metrics |= self._step_metrics(step)
         if self.args.aot_report and self.is_world_process_zero():
             metrics |= self._record(columns)
         return metrics
@@ -96,7 +102,8 @@ class EvaluationMixin(ScoringMixin):
         """
         step = self.state.global_step
         make = _paired if self._objective.step_class is PairedLogps else _unpaired
-        scores = make(columns, beta=self.beta, step=step, eval_set=self._eval_name)
+        common = {"beta": self.beta, "step": step, "eval_set": self._eval_name}
+        scores = make(columns, score=self.args.aot_score, **common)
         written = record_evaluation(scores, self.args.output_dir)
         if "plot" in written:
             log_figure_to_loggers(

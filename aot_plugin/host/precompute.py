@@ -19,7 +19,7 @@ LOG = get_logger("axolotl.aot_plugin.precompute")
 
 CACHED_FOR = (
     *("max_length", "truncation_mode", "bf16", "fp16", "tf32", "disable_dropout"),
-    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "ld_alpha"),
 )
 """Training arguments that reference log-probabilities depend on."""
 
@@ -99,4 +99,4 @@ class PrecomputeMixin(ScoringMixin):
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         """Called by TRL for each batch of the pass."""
         self._reference_passes += 1
-        return self._reference_columns(self._scorer.reference_logps(inputs, model))
+        return self._reference_columns(self._scorer.reference_logps(self._sequences(inputs), model))

@@ -11,7 +11,7 @@ from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from ..scoring.model_input import Batch
+from ..scoring.model_input import FIELDS, Batch
 from ..scoring.scorer import Scorer
 from ..scoring.settle import settle_layout
 from ..step.engine import MicroBatch
@@ -35,9 +35,13 @@ class ScoringMixin(Trainer):
         """[sequences]: the precomputed reference log-probabilities of a batch, if it has any."""
         raise NotImplementedError
 
+    def _sequences(self, batch: Batch) -> Batch:
+        """Token ids and masks of a collated batch."""
+        return {name: batch[name] for name in FIELDS}
+
     def _micro_batch(self, batch: Batch) -> MicroBatch:
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "completion_mask")}
-        labels, tokens = self._labels(batch), batch["completion_mask"][:, 1:].sum(dim=1)
+        inputs, labels = self._sequences(batch), self._labels(batch)
+        tokens = batch["completion_mask"][:, 1:].sum(dim=1)
         counts = torch.ones_like(labels)
         return MicroBatch(inputs, labels, tokens, counts, self._cached_ref_logps(batch))
 
@@ -62,7 +66,14 @@ class ScoringMixin(Trainer):
             with_gradient=self.compute_loss_context_manager,
             without_gradient=self._without_gradient,
             may_retry=lambda: may_retry(self),
+            excess_weight=self._excess_weight,
         )
+
+    @property
+    def _excess_weight(self) -> float:
+        """Factor of tokens beyond the length of the shorter response of a pair."""
+        alpha = getattr(self.args, "ld_alpha", None)  # TRL's, of its DPO trainer
+        return 1.0 if alpha is None else alpha
 
     def _widest_row(self) -> int | None:
         longest = self.args.max_length

@@ -80,6 +80,8 @@ def why_gradients_are_not_held(trainer: Any) -> str | None:
     checkpointing = args.gradient_checkpointing_kwargs or {}
     if args.aot_sft_weight and trainer._step_class is PairedLogps:
         return "with `aot_sft_weight` the loss depends on more than a pair's margin"
+    if args.aot_score == "mean" and trainer._step_class is PairedLogps:
+        return "with `aot_score: mean` the loss depends on more than a pair's margin"
     if args.per_device_train_batch_size > 1:
         return "`micro_batch_size` is not 1"
     if why := why_graph_is_not_kept(trainer):

@@ -14,7 +14,6 @@ from ..scoring.batching import Sequences
 from ..scoring.model_input import Batch
 from ..step.budget import Budget
 from ..step.engine import MicroBatch, StepEngine
-from ..step.metrics import step_metrics
 from ..step.ranks import gather_rows
 from .checks import check_start, refuse_updates_within_a_step, some_weights
 from .evaluation import EvaluationMixin
@@ -182,7 +181,7 @@ class StepsMixin(EvaluationMixin):
                     "positive" if len(step.u) == 0 else "negative",
                 )
         else:
-            for name, value in step_metrics(step, self.beta).items():
+            for name, value in self._step_metrics(step).items():
                 metrics[name].append(value)
         metrics["aot/one_sided_steps"] = [float(self._one_sided_steps)]
         metrics["aot/sorted_u"].append(float(len(step.u)))

@@ -6,8 +6,8 @@ policy's log-probabilities; nothing else of the model is visible here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -55,6 +55,17 @@ class PairedLogps:
         """Reference margins: the sample that should be dominated."""
         return self.ref_chosen - self.ref_rejected
 
+    def per_token(self) -> "PairedLogps":
+        """The pairs with each log-probability divided by its number of completion tokens."""
+        chosen, rejected = self.chosen_tokens.clamp(min=1), self.rejected_tokens.clamp(min=1)
+        return replace(
+            self,
+            chosen=self.chosen / chosen,
+            rejected=self.rejected / rejected,
+            ref_chosen=self.ref_chosen / chosen,
+            ref_rejected=self.ref_rejected / rejected,
+        )
+
     @property
     def preferred(self) -> tuple[Tensor, Tensor]:
         """Log-probabilities and completion tokens of the chosen responses."""
@@ -95,6 +106,11 @@ class UnpairedLogps:
         """Logratios of the m negative rows: should be dominated."""
         return (self.logps - self.ref_logps)[~self.is_positive]
 
+    def per_token(self) -> "UnpairedLogps":
+        """The rows with each log-probability divided by its number of completion tokens."""
+        tokens = self.tokens.clamp(min=1)
+        return replace(self, logps=self.logps / tokens, ref_logps=self.ref_logps / tokens)
+
     @property
     def preferred(self) -> tuple[Tensor, Tensor]:
         """Log-probabilities and completion tokens of the positive rows."""
@@ -102,6 +118,13 @@ class UnpairedLogps:
 
 
 StepLogps = PairedLogps | UnpairedLogps
+ScoreKind = Literal["sum", "mean"]
+
+
+def compared(step: StepLogps, score: ScoreKind) -> StepLogps:
+    """The step with the scores that are compared: log-probabilities of whole responses ("sum"), or
+    per token ("mean")."""
+    return step.per_token() if score == "mean" else step
 
 
 @dataclass(frozen=True)
@@ -137,6 +160,12 @@ def negative_log_likelihood(step: StepLogps) -> Tensor:
     0 for a step that has none. This is the loss of supervised fine-tuning on these responses."""
     logps, tokens = step.preferred
     return -logps.sum() / tokens.sum().clamp(min=1)
+
+
+def of_means(loss: StepLoss) -> StepLoss:
+    """``loss`` of per-token log-probabilities (``aot_score: mean``). Their sums over a response
+    favour short responses; IPO and SimPO (arXiv 2405.14734, sec. 2.2) take the means as well."""
+    return lambda step, options: loss(compared(step, "mean"), options)
 
 
 def with_sft(loss: StepLoss) -> StepLoss:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from textwrap import wrap
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,6 +32,10 @@ class Named(NamedTuple):
 
     run: str
     scores: Scores
+
+
+def _units(units: Iterable[str]) -> str:
+    return " or ".join(sorted(set(units)))
 
 
 def side_by_side(names: Sequence[str], panels: Sequence[Panel], share_scale: bool) -> Figure:
@@ -74,7 +78,7 @@ def gaps(names: Sequence[str], panels: Sequence[Panel]) -> Figure:
     axes.set_ylim(low - padding, high + padding)
     axes.set_xlim(0, 1)
     axes.set_xlabel("quantile level t")
-    axes.set_ylabel("gap [nats]; below 0: violation")
+    axes.set_ylabel(f"gap [{_units(panel.unit for panel in panels)}]; below 0: violation")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.legend(fontsize=8, framealpha=0.8, loc="best")
     return figure
@@ -120,7 +124,7 @@ def history(evaluations: Sequence[Named]) -> Figure | None:
     for axis, title in zip(axes, ("violation amount", "Wasserstein-1"), strict=True):
         axis.set_title(f"{title} of the margins", loc="left", fontsize=9)
         axis.set_xlabel("step")
-        axis.set_ylabel("nats")
+        axis.set_ylabel(_units(scores.unit for _, line in lines for scores in line))
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25, linewidth=0.6)
     axes[0].legend(fontsize=8, framealpha=0.8)

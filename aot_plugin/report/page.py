@@ -59,8 +59,8 @@ def comparison_page(evaluations: Sequence[Named], n_resamples: int = 1000) -> st
     body = [
         "<h1>Dominance report</h1>",
         f"<p>{_t(len(latest))} evaluation(s). Intervals in brackets are 95 % bootstrap intervals "
-        f"from {_t(n_resamples)} resamples. Log-probabilities are of whole completions; the unit "
-        "is the nat.</p>",
+        f"from {_t(n_resamples)} resamples. Log-probabilities are of whole completions, in nats; "
+        "those of a run with <code>aot_score: mean</code> are divided by its tokens.</p>",
         _evaluations_table(names, summaries),
         "<h2>Margins: what AOT compares</h2>",
         "<p>Paired: margins log π(chosen) − log π(rejected) of the policy (first sample) against "
@@ -107,7 +107,8 @@ def _margins_or_logratios(evaluation: Named) -> Panel:
     if scores.is_paired:
         return margins_panel(scores)
     names = ("positive", "negative")
-    return Panel(scores.u, scores.v, names, "log-ratio log(π/π_ref) [nats]", "")
+    quantity = f"log-ratio log(π/π_ref) [{scores.unit}]"
+    return Panel(scores.u, scores.v, names, quantity, "", scores.unit)
 
 
 def _plots(

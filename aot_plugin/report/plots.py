@@ -57,6 +57,7 @@ class Panel(NamedTuple):
         names: names of the samples, in this order.
         quantity: label of the vertical axis, with its unit.
         title: title of the panel.
+        unit: unit of the gap between the samples.
     """
 
     first: FloatArray
@@ -64,6 +65,7 @@ class Panel(NamedTuple):
     names: tuple[str, str]
     quantity: str
     title: str
+    unit: str = "nats"
 
 
 def rewards_panel(scores: Scores) -> Panel:
@@ -73,8 +75,9 @@ def rewards_panel(scores: Scores) -> Panel:
         scores.chosen_rewards,
         scores.rejected_rewards,
         names,
-        f"reward β·log(π/π_ref) [nats], β = {scores.beta:g}",
+        f"reward β·log(π/π_ref) [{scores.unit}], β = {scores.beta:g}",
         f"(a) rewards of {names[0]} and {names[1]} completions",
+        scores.unit,
     )
 
 
@@ -84,8 +87,9 @@ def margins_panel(scores: Scores) -> Panel:
         scores.u,
         scores.v,
         ("policy", "reference"),
-        "margin log π(chosen) − log π(rejected) [nats]",
+        f"margin log π(chosen) − log π(rejected) [{scores.unit}]",
         "(b) margins under policy and reference",
+        scores.unit,
     )
 
 
@@ -114,8 +118,9 @@ def draw_quantiles(axes: Axes, panel: Panel) -> None:
     found = dominance_statistics(panel.first, panel.second)
     axes.set_title(
         f"{panel.title}\n"
-        f"violation {found['violation_amount']:.3g} nats, on {found['violation_fraction']:.1%} of "
-        f"t; dominance {found['dominance_amount']:.3g}; W1 {found['w1']:.3g}",
+        f"violation {found['violation_amount']:.3g} {panel.unit}, on "
+        f"{found['violation_fraction']:.1%} of t; "
+        f"dominance {found['dominance_amount']:.3g}; W1 {found['w1']:.3g}",
         loc="left",
         fontsize=8,
     )
@@ -131,7 +136,7 @@ def draw_gap(axes: Axes, panel: Panel) -> None:
     _shade(axes, levels, x - y, np.zeros_like(x))
     axes.stairs(x - y, levels, baseline=None, color="black", linewidth=1.0)
     axes.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
-    axes.set_ylabel("gap [nats]", fontsize=9)
+    axes.set_ylabel(f"gap [{panel.unit}]", fontsize=9)
     axes.set_xlabel("quantile level t", fontsize=9)
     _level_axis(axes)
 

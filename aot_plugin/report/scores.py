@@ -9,12 +9,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..ot.coupling import FloatArray
+
+if TYPE_CHECKING:
+    from ..ot.losses import ScoreKind  # the report does not import torch
 
 Mode = Literal["paired", "unpaired"]
 
@@ -58,6 +61,7 @@ class Scores:
         step: optimizer step at which the model was evaluated.
         eval_set: name of the evaluation set.
         columns: arrays [n], one for each name in ``COLUMNS[mode]``; read-only copies.
+        score: what the statistics compare, whole completions ("sum") or per-token means ("mean").
     """
 
     mode: Mode
@@ -65,6 +69,7 @@ class Scores:
     step: int
     eval_set: str
     columns: Mapping[str, NDArray[Any]]
+    score: ScoreKind = "sum"
 
     def __post_init__(self) -> None:
         if self.mode not in COLUMNS:
@@ -98,11 +103,12 @@ class Scores:
         ref_rejected_logps: ArrayLike,
         chosen_tokens: ArrayLike,
         rejected_tokens: ArrayLike,
+        score: ScoreKind = "sum",
     ) -> Scores:
         """Scores of n pairs of completions, each pair with one prompt.
 
         Args:
-            beta, step, eval_set: see the class.
+            beta, step, eval_set, score: see the class.
             chosen_logps, rejected_logps: the policy's log-probabilities, [n].
             ref_chosen_logps, ref_rejected_logps: the reference's, [n].
             chosen_tokens, rejected_tokens: numbers of completion tokens, [n].
@@ -118,7 +124,7 @@ class Scores:
             "chosen_tokens": chosen_tokens,
             "rejected_tokens": rejected_tokens,
         }
-        return cls("paired", float(beta), int(step), eval_set, columns)
+        return cls("paired", float(beta), int(step), eval_set, columns, score)
 
     @classmethod
     def unpaired(
@@ -131,11 +137,12 @@ class Scores:
         ref_logps: ArrayLike,
         label: ArrayLike,
         tokens: ArrayLike,
+        score: ScoreKind = "sum",
     ) -> Scores:
         """Scores of n single completions.
 
         Args:
-            beta, step, eval_set: see the class.
+            beta, step, eval_set, score: see the class.
             logps: the policy's log-probabilities, [n].
             ref_logps: the reference's, [n].
             label: True for positive completions, [n].
@@ -150,7 +157,7 @@ class Scores:
             "label": label,
             "tokens": tokens,
         }
-        return cls("unpaired", float(beta), int(step), eval_set, columns)
+        return cls("unpaired", float(beta), int(step), eval_set, columns, score)
 
     @property
     def is_paired(self) -> bool:
@@ -158,30 +165,43 @@ class Scores:
 
     @property
     def chosen_logratios(self) -> FloatArray:
-        """log(pi/pi_ref) of chosen completions (unpaired: of positives), in nats."""
+        """log(pi/pi_ref) of chosen completions (unpaired: of positives), in ``unit``."""
         if self.is_paired:
-            return self.columns["chosen_logps"] - self.columns["ref_chosen_logps"]
+            return self._scored("chosen_logps") - self._scored("ref_chosen_logps")
         return self._logratios[self.columns["label"]]
 
     @property
     def rejected_logratios(self) -> FloatArray:
-        """log(pi/pi_ref) of rejected completions (unpaired: of negatives), in nats."""
+        """log(pi/pi_ref) of rejected completions (unpaired: of negatives), in ``unit``."""
         if self.is_paired:
-            return self.columns["rejected_logps"] - self.columns["ref_rejected_logps"]
+            return self._scored("rejected_logps") - self._scored("ref_rejected_logps")
         return self._logratios[~self.columns["label"]]
 
     @property
     def _logratios(self) -> FloatArray:
-        return self.columns["logps"] - self.columns["ref_logps"]
+        return self._scored("logps") - self._scored("ref_logps")
+
+    def _scored(self, name: str) -> FloatArray:
+        """A column of log-probabilities, [n], in ``unit``."""
+        column = self.columns[name]
+        if self.score == "sum":
+            return column
+        tokens = self.columns[name.removeprefix("ref_").replace("logps", "tokens")]
+        return column / np.maximum(tokens, 1)
+
+    @property
+    def unit(self) -> str:
+        """Unit of what is compared."""
+        return "nats" if self.score == "sum" else "nats per token"
 
     @property
     def chosen_rewards(self) -> FloatArray:
-        """beta * chosen_logratios, in nats."""
+        """beta * chosen_logratios, in ``unit``."""
         return self.beta * self.chosen_logratios
 
     @property
     def rejected_rewards(self) -> FloatArray:
-        """beta * rejected_logratios, in nats."""
+        """beta * rejected_logratios, in ``unit``."""
         return self.beta * self.rejected_logratios
 
     @property
@@ -200,23 +220,23 @@ class Scores:
 
     @property
     def u(self) -> FloatArray:
-        """The sample that should dominate, in nats.
+        """The sample that should dominate, in ``unit``.
 
         Paired: the policy's margins log pi(chosen) - log pi(rejected), [n]. Unpaired: the
         log-ratios of positives.
         """
         if self.is_paired:
-            return self.columns["chosen_logps"] - self.columns["rejected_logps"]
+            return self._scored("chosen_logps") - self._scored("rejected_logps")
         return self.chosen_logratios
 
     @property
     def v(self) -> FloatArray:
-        """The sample that ``u`` should dominate, in nats.
+        """The sample that ``u`` should dominate, in ``unit``.
 
         Paired: the reference's margins, [n]. Unpaired: the log-ratios of negatives.
         """
         if self.is_paired:
-            return self.columns["ref_chosen_logps"] - self.columns["ref_rejected_logps"]
+            return self._scored("ref_chosen_logps") - self._scored("ref_rejected_logps")
         return self.rejected_logratios
 
     @property
@@ -241,6 +261,7 @@ class Scores:
             "beta": self.beta,
             "step": self.step,
             "eval_set": self.eval_set,
+            "score": self.score,
         }
         table = pa.table(dict(self.columns)).replace_schema_metadata(
             {_METADATA_KEY: json.dumps(about).encode()}
@@ -266,7 +287,8 @@ class Scores:
                 f"(format found: {about.get('format')})"
             )
         columns = {name: table[name].to_numpy() for name in table.column_names}
-        return cls(about["mode"], about["beta"], about["step"], about["eval_set"], columns)
+        score = about.get("score", "sum")  # older files have sums only
+        return cls(about["mode"], about["beta"], about["step"], about["eval_set"], columns, score)
 
 
 def load_run(output_dir: str | os.PathLike[str]) -> list[Scores]:

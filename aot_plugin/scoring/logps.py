@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .excess import excess_factors
 from .lm_head import token_logps
 from .model_head import (
     chunk_no_more,
@@ -17,7 +18,9 @@ from .model_head import (
 from .model_input import ModelInput
 
 
-def sequence_logps(model: nn.Module, head: nn.Module, inputs: ModelInput) -> Tensor:
+def sequence_logps(
+    model: nn.Module, head: nn.Module, inputs: ModelInput, excess_weight: float = 1.0
+) -> Tensor:
     """log pi(completion | prompt) of each sequence: the sum over its completion tokens.
 
     Args:
@@ -25,22 +28,29 @@ def sequence_logps(model: nn.Module, head: nn.Module, inputs: ModelInput) -> Ten
             wrapped it (DDP, DeepSpeed and FSDP hook there).
         head: its output embedding (``model.get_output_embeddings()`` of the unwrapped model).
         inputs: the sequences, in any layout.
+        excess_weight: factor of the tokens that are marked as ``excess``.
 
     Returns:
         [sequences] float32, in nats; 0 for a sequence without completion tokens.
     """
     logps, sequence = _token_logps(model, head, inputs, None)
+    if excess_weight != 1:
+        logps = logps * excess_factors(inputs, excess_weight)
     # In float64: thousands of float32 terms, added one by one, lose a tenth of a nat.
     sums = logps.new_zeros(inputs.sequences, dtype=torch.float64)
     return sums.index_add(0, sequence, logps.double()).float()
 
 
 def weighted_logps_sum(
-    model: nn.Module, head: nn.Module, inputs: ModelInput, weights: Tensor
+    model: nn.Module,
+    head: nn.Module,
+    inputs: ModelInput,
+    weights: Tensor,
+    excess_weight: float = 1.0,
 ) -> Tensor:
     """sum(weights x ``sequence_logps``) for constant weights [sequences] float32: the surrogate of
     the backward stage, in a form that computes the logits once."""
-    return _token_logps(model, head, inputs, weights)[0].sum()
+    return _token_logps(model, head, inputs, weights, excess_weight)[0].sum()
 
 
 @torch.no_grad()
@@ -52,7 +62,11 @@ def completion_token_logps(
 
 
 def _token_logps(
-    model: nn.Module, head: nn.Module, inputs: ModelInput, weights: Tensor | None
+    model: nn.Module,
+    head: nn.Module,
+    inputs: ModelInput,
+    weights: Tensor | None,
+    excess_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Per completion token its log-probability (with weights: one weighted sum), and its
     sequence."""
@@ -64,6 +78,8 @@ def _token_logps(
     else:
         sequence = inputs.sequence[:, 1:][targets_mask]
     token_weights = None if weights is None else weights[sequence]
+    if token_weights is not None and excess_weight != 1:
+        token_weights = token_weights * excess_factors(inputs, excess_weight)
 
     def forward() -> Tensor:
         return model(**inputs.arguments(), use_cache=False).logits

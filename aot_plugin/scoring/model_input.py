@@ -8,7 +8,7 @@ from torch import Tensor
 Batch = dict[str, Any]
 """Padded sequences, one a row: ``input_ids``, ``attention_mask`` and ``completion_mask``, each
 [sequences, width] int64. The prompt of a sequence is what stands before its first completion
-token."""
+token. In ``completion_mask`` 0 is no completion token; ``excess`` tells two kinds of others."""
 
 FIELDS = ("input_ids", "attention_mask", "completion_mask")
 """Names of a batch's tensors."""

@@ -51,6 +51,7 @@ class Scorer:
         with_gradient: context of passes with gradient (autocast).
         without_gradient: context of passes without.
         may_retry: returns True if this rank may run more passes than the others.
+        excess_weight: factor of the tokens that are marked as ``excess``.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class Scorer:
         with_gradient: Context,
         without_gradient: Context,
         may_retry: Callable[[], bool] = lambda: True,
+        excess_weight: float = 1.0,
     ) -> None:
         self._policy, self._wrapped, self._head = policy, wrapped, head
         self._reference = reference
         self._settle = settle
         self._with_gradient, self._without_gradient = with_gradient, without_gradient
         self._may_retry = may_retry
+        self._excess_weight = excess_weight
         self._most = float("inf")  # padded tokens of the largest batch that fits into memory
         self._settled: Settled | None = None
         self._passes: list[Pass] = []
@@ -84,28 +87,31 @@ class Scorer:
 
         def score(batch: Batch) -> Tensor:
             with self._without_gradient():
-                return sequence_logps(policy, self._head(), self._arranged(batch, policy, "policy"))
+                inputs = self._arranged(batch, policy, "policy")
+                return sequence_logps(policy, self._head(), inputs, self._excess_weight)
 
         return self._that_fits(score, batch)
 
     def logps_apart(self, batch: Batch) -> Tensor:
         """``logps`` with one sequence per row, whatever the layout."""
         with self._without_gradient():
-            return sequence_logps(self._policy(), self._head(), padded_rows(batch))
+            return sequence_logps(
+                self._policy(), self._head(), padded_rows(batch), self._excess_weight
+            )
 
     def logps_with_graph(self, batch: Batch, wrapped: bool = False) -> Tensor:
         """``logps`` with the graph to the policy's parameters, by its own module or the wrapper."""
         model = self._wrapped() if wrapped else self._policy()
         with self._with_gradient():
             inputs = self._arranged(batch, model, "policy", gradient=True)
-            return sequence_logps(model, self._head(), inputs)
+            return sequence_logps(model, self._head(), inputs, self._excess_weight)
 
     def weighted_sum(self, batch: Batch, weights: Tensor, wrapped: bool = False) -> Tensor:
         """sum_i weights_i logp_i, [] float32 with graph, for constant weights [sequences]."""
         model = self._wrapped() if wrapped else self._policy()
         with self._with_gradient():
             inputs = self._arranged(batch, model, "policy", gradient=True)
-            return weighted_logps_sum(model, self._head(), inputs, weights)
+            return weighted_logps_sum(model, self._head(), inputs, weights, self._excess_weight)
 
     def reference_logps(self, batch: Batch, policy: nn.Module | None = None) -> Tensor:
         """The reference's log-probabilities, [sequences] float32, in nats.
@@ -118,7 +124,8 @@ class Scorer:
 
         def score(batch: Batch) -> Tensor:
             with self._without_gradient(), self._reference(scored) as (model, head):
-                return sequence_logps(model, head, self._arranged(batch, scored, "reference"))
+                inputs = self._arranged(batch, scored, "reference")
+                return sequence_logps(model, head, inputs, self._excess_weight)
 
         return self._that_fits(score, batch)
 

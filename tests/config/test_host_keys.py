@@ -148,6 +148,24 @@ def test_an_sft_loss_of_trl_is_named_as_ours(keys: dict[str, Any], instead: str)
     assert any(instead in line for line in refusals(keys))
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"dpo_ld_alpha": 1.5}, "`dpo_ld_alpha: 1.5` is wrong: write a number from 0 to 1"),
+        ({"dpo_ld_alpha": True}, "`dpo_ld_alpha: True` is wrong"),
+        ({"dpo_ld_alpha": 0.5, "aot_mode": "unpaired"}, "write `aot_score: mean`, or remove it"),
+        ({"dpo_ld_alpha": 0.5, "aot_score": "mean"}, "keep one of the two"),
+        ({"dpo_ld_alpha": 0.5, "aot_sft_weight": 1}, "keep one of the two"),
+        ({"aot_score": "average"}, "`aot_score: average` is wrong"),
+    ],
+)
+def test_settings_of_lengths_that_contradict_each_other(
+    keys: dict[str, Any], said: str, loaded: Any
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        loaded(**keys)
+
+
 @pytest.mark.parametrize("optimizer", UPDATES_IN_BACKWARD)
 def test_an_optimizer_without_a_step_is_refused(optimizer: str, loaded: Any) -> None:
     with pytest.raises(ValueError, match=f"`optimizer: {optimizer}` can't be used"):

@@ -260,7 +260,6 @@ def test_config_keys_that_we_write_or_read() -> None:
     known = set(AxolotlInputConfig.model_fields)
     if Version(version("axolotl")) < Version("0.21"):  # not in older schemas, and read raw
         read -= {"eval_on_start"}
-        known |= {"dpo_ld_alpha"}
     adapter_keys = SAVED_AS.keys() | REFUSED_WITH_ADAPTER.keys()
     refused = REFUSED.keys() | REFUSED_IF_ON.keys()
     assert sorted((read | adapter_keys | refused) - known) == []
