@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 from .batching import Sequences
 from .cost import Cost
 from .masks import Form
 from .model_input import Batch, ModelInput, padded_rows
 from .partition import balanced, doubled, split_by_tokens
 from .shared_prompts import (
+    Rows,
     blocks_of,
     cheapest_rows,
     distinct_prompts,
@@ -25,6 +28,7 @@ from .shared_prompts import (
     rows_of_documents,
     tokens_of,
     unpadded,
+    width_of,
 )
 
 
@@ -40,6 +44,10 @@ class Layout(Protocol):
 
     def arrange(self, batch: Batch) -> ModelInput:
         """The model's input for a micro-batch; ``sequence`` is None where its rows are padded."""
+        ...
+
+    def shape(self, batch: Batch) -> tuple[int, int]:
+        """Rows and width of that input, known without making it."""
         ...
 
     def one_row(self, batch: Batch) -> ModelInput:
@@ -61,11 +69,18 @@ class Padded:
     def arrange(self, batch: Batch) -> ModelInput:
         return padded_rows(batch)
 
+    def shape(self, batch: Batch) -> tuple[int, int]:
+        rows, width = batch["input_ids"].shape
+        return rows, width
+
     def one_row(self, batch: Batch) -> ModelInput:
         raise NotImplementedError("padded rows hold one sequence each")
 
     def groups(self, sequences: Sequences, parts: int) -> list[list[int]]:
         return split_by_tokens(sequences.by_length(), parts)
+
+
+PADDED = Padded()
 
 
 @dataclass(frozen=True)
@@ -85,11 +100,21 @@ class Shared:
 
     def arrange(self, batch: Batch) -> ModelInput:
         ids, completion = unpadded(batch)
-        found = cheapest_rows(distinct_prompts(ids, completion), list(map(len, ids)), self.cost)
+        found = self._cheapest(ids, completion)
         if found.padded:
             return padded_rows(batch)
         device = batch["input_ids"].device
         return rows_of_documents(ids, completion, found.rows, self.form, device, self.multiple)
+
+    def shape(self, batch: Batch) -> tuple[int, int]:
+        ids, completion = unpadded(batch)
+        found = self._cheapest(ids, completion)
+        if found.padded:
+            return PADDED.shape(batch)
+        return len(found.rows), width_of(found.rows, list(map(len, ids)), self.multiple)
+
+    def _cheapest(self, ids: Sequence[Tensor], completion: Sequence[Tensor]) -> Rows:
+        return cheapest_rows(distinct_prompts(ids, completion), list(map(len, ids)), self.cost)
 
     def one_row(self, batch: Batch) -> ModelInput:
         return _one_row(batch, self.form)
@@ -134,6 +159,10 @@ class Packed:
 
     def arrange(self, batch: Batch) -> ModelInput:
         return _one_row(batch, self.form)
+
+    def shape(self, batch: Batch) -> tuple[int, int]:
+        ids, completion = unpadded(batch)
+        return 1, width_of([distinct_prompts(ids, completion)], list(map(len, ids)))
 
     def one_row(self, batch: Batch) -> ModelInput:
         return self.arrange(batch)

@@ -131,8 +131,7 @@ class Scorer:
 
     def shape(self, batch: Batch) -> tuple[int, int]:
         """Rows and width of the model's input for a batch."""
-        rows, width = self._input(batch, self._policy()).input_ids.shape
-        return rows, width
+        return self.settled().layout.shape(batch)
 
     def settled(self, model: nn.Module | None = None) -> Settled:
         """The layout, decided now if it has not been."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from . import varlen
 from .cost import Cost
-from .layout import Layout, Packed, Padded, Shared
+from .layout import PADDED, Layout, Packed, Shared
 from .masks import additive_mask, block_mask, boolean_mask
 from .probe import MEDIAN, coarsest_dtype, probe
 
@@ -58,7 +58,7 @@ def settle_layout(
     layouts, why_not = possible_layouts(unwrapped, longest, device, checkpointing, multiple)
     found = probe(model, unwrapped, longest, device, layouts)
     *failed, last = found.why_not() or [why_not]
-    layout = layouts[len(failed)] if last is None else Padded()
+    layout = layouts[len(failed)] if last is None else PADDED
     if not isinstance(layout, Packed):
         varlen.remove(backend)
     if regrouped and found.depends_on_company:

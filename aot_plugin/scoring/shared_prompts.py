@@ -83,6 +83,12 @@ def tokens_of(document: Prompt, lengths: Sequence[int]) -> int:
     return once + sum(lengths[member] - once for member in document[1])
 
 
+def width_of(rows: Sequence[Row], lengths: Sequence[int], multiple: int = 1) -> int:
+    """Width of rows of documents, rounded up to a multiple."""
+    width = max(sum(tokens_of(document, lengths) for document in row) for row in rows)
+    return width + -width % multiple
+
+
 def _encoded_once(document: Prompt) -> int:
     """Tokens that the sequences of a document share: all of the prompt but the last one, see
     above."""
@@ -121,8 +127,7 @@ def rows_of_documents(
         multiple: what the width of rows is rounded up to.
     """
     columns = list(zip(*(_row(ids, completion, row) for row in rows), strict=True))
-    width = max(map(len, columns[0]))
-    width += -width % multiple
+    width = width_of(rows, list(map(len, ids)), multiple)
     input_ids, position_ids, completion_mask, sequence, document, branch = (
         torch.stack([F.pad(row, (0, width - len(row)), value=padding) for row in column]).to(device)
         for column, padding in zip(columns, (0, 0, 0, 0, PADDING, PROMPT), strict=True)

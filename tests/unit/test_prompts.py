@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
 from aot_plugin.scoring.cost import Cost
-from aot_plugin.scoring.layout import Packed, Shared
+from aot_plugin.scoring.layout import PADDED, Packed, Shared
 from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
 from aot_plugin.scoring.masks import additive_mask, block_mask, boolean_mask
 from aot_plugin.scoring.model_input import padded_rows
@@ -96,7 +96,9 @@ def test_log_probabilities_and_gradients_are_those_of_separate_rows(model, batch
     found = {}
     for share in (False, True):
         model.zero_grad()
-        inputs = SHARED.arrange(batch) if share else padded_rows(batch)
+        layout = SHARED if share else PADDED
+        inputs = layout.arrange(batch)
+        assert layout.shape(batch) == inputs.input_ids.shape
         logps = sequence_logps(model, head, inputs)
         (weights * logps).sum().backward()
         gradients = [p.grad.clone() for p in model.parameters()]

@@ -172,7 +172,9 @@ def test_packed_micro_batches(prompts: list[tuple[int, list[int]]], data: st.Dat
     assert len(groups) == parts
     assert sorted(row for group in groups for row in group) == list(range(len(sequences)))
     batches = [sequences.collate(group, PAD) for group in groups]
-    sizes = [PACKED.arrange(batch).input_ids.numel() for batch in batches]
+    shapes = [PACKED.arrange(batch).input_ids.shape for batch in batches]
+    assert [PACKED.shape(batch) for batch in batches] == shapes
+    sizes = [shape.numel() for shape in shapes]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] <= -(-len(sequences) // parts) * max(sequences.lengths())
     assert min(map(len, groups)) > 0
