@@ -79,7 +79,17 @@ class StepsMixin(EvaluationMixin):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Called last by the host's training step before its forward pass: with the first
         micro-batch the whole step is scored."""
-        prepare = super()._prepare_inputs
+        host = super()._prepare_inputs
+
+        def prepare(batch: Batch) -> Batch:
+            # Under DeepSpeed the host rounds floats to the dtype of the network.
+            exact = {
+                name: value.to(self.args.device)
+                for name, value in batch.items()
+                if isinstance(value, Tensor) and value.is_floating_point()
+            }
+            return {**host(batch), **exact}
+
         if not isinstance(inputs, NumberedBatch):  # an evaluation's
             return prepare(inputs)
         if inputs.number == 0 and self._step:
