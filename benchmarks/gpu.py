@@ -382,7 +382,7 @@ def micro_batch(pairs: Sequences, rows: Sequence[int], device: torch.device) -> 
         inputs=inputs,
         is_positive=positive,
         tokens=inputs["completion_mask"].sum(dim=1),
-        counts=torch.ones_like(positive),
+        mass=torch.ones(len(positive), dtype=torch.float64, device=device),
         ref_logps=None,
     )
 

@@ -18,8 +18,7 @@ from aot_plugin.ot.losses import LossOptions, UnpairedLogps, transport
 from aot_plugin.ot.penalties import logistic
 
 COLUMNS = 5
-"""Per sequence: log-probability, reference log-probability, label, tokens, whether it counts;
-float64."""
+"""Per sequence: log-probability, reference log-probability, label, tokens, mass; float64."""
 
 
 def seconds(work: Callable[[], Any], least: float = 0.5) -> float:

@@ -57,13 +57,13 @@ class EvaluationMixin(ScoringMixin):
         """Scores a batch.
 
         Returns:
-            None; (logp, reference logp, label, completion tokens) of each sequence by data row,
-            [rows, sequences per row, 4] float64; ones in place of the host's labels, [rows].
+            None; (logp, reference logp, label, completion tokens, mass) of each sequence by data
+            row, [rows, sequences per row, 5] float64; ones in place of the host's labels, [rows].
         """
         batch = self._micro_batch(self._prepare_inputs(inputs))
         logps = self._scorer.logps(batch.inputs, model)
         ref_logps = batch.reference_logps(self._scorer, model)
-        columns = [logps, ref_logps, batch.is_positive, batch.tokens]
+        columns = [logps, ref_logps, batch.is_positive, batch.tokens, batch.mass]
         row = self._objective.step_class.sequences_per_row
         per_row = torch.stack(columns, dim=1).double().unflatten(0, (row, -1)).transpose(0, 1)
         return None, per_row.contiguous(), torch.ones(len(per_row), device=per_row.device)
@@ -78,8 +78,8 @@ class EvaluationMixin(ScoringMixin):
         columns = np.asarray(prediction.predictions, dtype=np.float64)
         rows = torch.from_numpy(columns).flatten(0, 1)
         check_finite(rows, f"the evaluation after step {self.state.global_step}")
-        logps, ref_logps, is_positive, tokens = rows.unbind(dim=1)
-        step, loss = self._objective(logps, ref_logps, is_positive.bool(), tokens)
+        logps, ref_logps, is_positive, tokens, mass = rows.unbind(dim=1)
+        step, loss = self._objective(logps, ref_logps, is_positive.bool(), tokens, mass)
         metrics = {"loss": loss.item()}
         if len(step.u) == 0 or len(step.v) == 0:
             LOG.warning("the evaluation set holds one label only: there is nothing to compare")
@@ -120,7 +120,7 @@ class EvaluationMixin(ScoringMixin):
 
 
 def _paired(columns: np.ndarray, **common: Any) -> Scores:
-    """Scores of pairs from the rows of ``prediction_step``, [rows, 2, 4]."""
+    """Scores of pairs from the rows of ``prediction_step``, [rows, 2, 5]."""
     chosen, rejected = columns[:, 0], columns[:, 1]
     return Scores.paired(
         chosen_logps=chosen[:, 0],
@@ -129,13 +129,23 @@ def _paired(columns: np.ndarray, **common: Any) -> Scores:
         ref_rejected_logps=rejected[:, 1],
         chosen_tokens=chosen[:, 3],
         rejected_tokens=rejected[:, 3],
+        weight=_unless_equal(chosen[:, 4]),
         **common,
     )
 
 
 def _unpaired(columns: np.ndarray, **common: Any) -> Scores:
-    """Scores of labelled rows from the rows of ``prediction_step``, [rows, 1, 4]."""
-    logps, ref_logps, label, tokens = columns[:, 0].T
+    """Scores of labelled rows from the rows of ``prediction_step``, [rows, 1, 5]."""
+    logps, ref_logps, label, tokens, mass = columns[:, 0].T
     return Scores.unpaired(
-        logps=logps, ref_logps=ref_logps, label=label.astype(bool), tokens=tokens, **common
+        logps=logps,
+        ref_logps=ref_logps,
+        label=label.astype(bool),
+        tokens=tokens,
+        weight=_unless_equal(mass),
+        **common,
     )
+
+
+def _unless_equal(mass: np.ndarray) -> np.ndarray | None:
+    return None if (mass == mass[0]).all() else mass

@@ -52,7 +52,7 @@ def without_repeated_rows(trainer: Any, batch: MicroBatch) -> int:
 
     Args:
         trainer: one of our trainers.
-        batch: the micro-batch; its ``counts`` are updated in place.
+        batch: the micro-batch; its ``mass`` is updated in place.
 
     Returns:
         Number of the step's micro-batches, over all ranks, that contain repeated rows only.
@@ -66,6 +66,6 @@ def without_repeated_rows(trainer: Any, batch: MicroBatch) -> int:
     distinct = distinct_rows(len(trainer.train_dataset), size, ranks)
     # If a row has several sequences, the batch consists of as many blocks, each with one sequence
     # of every row.
-    places = torch.arange(size, device=batch.counts.device).repeat(per_row)
-    batch.counts.copy_(places < distinct[trainer.accelerator.process_index])
+    places = torch.arange(size, device=batch.mass.device).repeat(per_row)
+    batch.mass.mul_(places < distinct[trainer.accelerator.process_index])
     return distinct.count(0)

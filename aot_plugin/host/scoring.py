@@ -42,8 +42,8 @@ class ScoringMixin(Trainer):
     def _micro_batch(self, batch: Batch) -> MicroBatch:
         inputs, labels = self._sequences(batch), self._labels(batch)
         tokens = batch["completion_mask"][:, 1:].sum(dim=1)
-        counts = torch.ones_like(labels)
-        return MicroBatch(inputs, labels, tokens, counts, self._cached_ref_logps(batch))
+        mass = torch.ones(len(labels), dtype=torch.float64, device=labels.device)
+        return MicroBatch(inputs, labels, tokens, mass, self._cached_ref_logps(batch))
 
     @cached_property
     def _scorer(self) -> Scorer:

@@ -4,10 +4,12 @@ With the left-continuous empirical quantile function of a sample x of size n,
 
     Q_X(t) = x_(ceil(n t)),    0 < t <= 1,    x_(1) <= ... <= x_(n),
 
-U dominates V in the first order when Q_U(t) >= Q_V(t) for every t. Two empirical quantile
-functions are step functions, constant between neighbouring points of the merged grid
-{i/n} | {j/m}, so every integral over t below is a finite sum and no level is sampled. The grid
+or, where the values have masses w_i, Q_X(t) = x_(k) with the first k whose w_(1) + ... + w_(k) is
+at least t times their sum, U dominates V in the first order when Q_U(t) >= Q_V(t) for every t. Two
+empirical quantile functions are step functions, constant between neighbouring points of the merged
+grid {i/n} | {j/m}, so every integral over t below is a finite sum and no level is sampled. The grid
 is kept in integers (multiples of 1/(n m)): whether two steps coincide is never left to rounding.
+With masses it is that of the cumulated masses, which is as exact where they are whole numbers.
 
 Only numpy is needed; the trainer calls `dominance_statistics` at every step.
 """
@@ -69,18 +71,59 @@ def as_sample(values: ArrayLike, name: str) -> FloatArray:
     return sample
 
 
-def _quantile_index(n: int, percent: int) -> int:
-    return (n * percent + 99) // 100 - 1
+class Sample(NamedTuple):
+    """A sample, or several of one size, with relative masses of the values."""
+
+    values: FloatArray
+    """Shape (..., n)."""
+    mass: FloatArray | None
+    """Shape (..., n); None if all are equal. The quantile functions of several samples have a
+    common grid only without masses."""
+
+    @property
+    def size(self) -> int:
+        return self.values.shape[-1]
+
+    def sorted(self) -> Sample:
+        if self.mass is None:
+            return Sample(np.sort(self.values), None)
+        order = np.argsort(self.values, kind="stable")
+        return self.take(order)
+
+    def take(self, rows: IntArray) -> Sample:
+        """The given rows of a single sample, in the shape of ``rows``: drawn, or in order."""
+        return Sample(self.values[rows], None if self.mass is None else self.mass[rows])
+
+    def at(self, percent: int) -> FloatArray:
+        """The quantile of sorted values at a level in per cent, (...)."""
+        if self.mass is None:
+            return self.values[..., (self.size * percent + 99) // 100 - 1]
+        cumulated = np.cumsum(self.mass)
+        return self.values[np.searchsorted(100.0 * cumulated, percent * cumulated[-1])]
 
 
-def quantile_gaps(u: FloatArray, v: FloatArray) -> tuple[FloatArray, FloatArray]:
+def with_masses(values: ArrayLike, mass: ArrayLike | None, name: str) -> Sample:
+    """`values` checked as by `as_sample`, with their masses.
+
+    Raises ValueError also for masses of another shape, that aren't finite, or that aren't positive.
+    """
+    sample = as_sample(values, name)
+    if mass is None:
+        return Sample(sample, None)
+    masses = np.asarray(mass, dtype=np.float64)
+    if masses.shape != sample.shape or not (np.isfinite(masses) & (masses > 0.0)).all():
+        raise ValueError(f"{name}: expected {sample.size} finite masses above 0")
+    return Sample(sample, None if (masses == masses[0]).all() else masses)
+
+
+def quantile_gaps(u: Sample, v: Sample) -> tuple[FloatArray, FloatArray]:
     """Q_U - Q_V of sorted samples u (..., n) and v (..., m) on the steps of both, (..., k), and
     the steps' widths, (k,)."""
-    coupling = monotone_coupling(u.shape[-1], v.shape[-1])
-    return u[..., coupling.u_index] - v[..., coupling.v_index], coupling.mass
+    coupling = monotone_coupling(u.size, v.size, u.mass, v.mass)
+    return u.values[..., coupling.u_index] - v.values[..., coupling.v_index], coupling.mass
 
 
-def _statistics_of_sorted(u: FloatArray, v: FloatArray) -> dict[str, FloatArray]:
+def _statistics_of_sorted(u: Sample, v: Sample) -> dict[str, FloatArray]:
     """The statistics of sorted samples u (..., n) and v (..., m): each of shape (...)."""
     gap, width = quantile_gaps(u, v)
     violation = np.maximum(-gap, 0.0) @ width
@@ -92,31 +135,35 @@ def _statistics_of_sorted(u: FloatArray, v: FloatArray) -> dict[str, FloatArray]
         "w1": violation + dominance,
     }
     for percent in GAP_PERCENTS:
-        found[f"gap_q{percent:02d}"] = (
-            u[..., _quantile_index(u.shape[-1], percent)]
-            - v[..., _quantile_index(v.shape[-1], percent)]
-        )
+        found[f"gap_q{percent:02d}"] = u.at(percent) - v.at(percent)
     return found
 
 
-def quantile_curve(x: ArrayLike, y: ArrayLike) -> QuantileCurves:
+def quantile_curve(
+    x: ArrayLike, y: ArrayLike, x_mass: ArrayLike | None = None, y_mass: ArrayLike | None = None
+) -> QuantileCurves:
     """Both empirical quantile functions on the merged grid of their steps.
 
-    x has shape (n,) and y shape (m,); n and m may differ. The curves have n + m - gcd(n, m) steps.
+    x has shape (n,) and y shape (m,), and so have their masses; n and m may differ. Without masses
+    the curves have n + m - gcd(n, m) steps.
 
-    Raises ValueError, naming "x" or "y", for an empty, non-finite or not one-dimensional sample.
+    Raises ValueError, naming "x" or "y", for an empty, non-finite or not one-dimensional sample,
+    and for masses that aren't finite and positive.
     """
-    a, b = np.sort(as_sample(x, "x")), np.sort(as_sample(y, "y"))
-    grid = monotone_coupling(a.size, b.size)
-    return QuantileCurves(grid.levels, a[grid.u_index], b[grid.v_index])
+    a, b = with_masses(x, x_mass, "x").sorted(), with_masses(y, y_mass, "y").sorted()
+    grid = monotone_coupling(a.size, b.size, a.mass, b.mass)
+    return QuantileCurves(grid.levels, a.values[grid.u_index], b.values[grid.v_index])
 
 
-def dominance_statistics(u: ArrayLike, v: ArrayLike) -> dict[str, float]:
+def dominance_statistics(
+    u: ArrayLike, v: ArrayLike, u_mass: ArrayLike | None = None, v_mass: ArrayLike | None = None
+) -> dict[str, float]:
     """How far the sample u dominates the sample v in the first order, and how far it doesn't.
 
     u has shape (n,) and v shape (m,), of any real dtype (computed in float64); n and m may differ
-    and the order of the values doesn't matter. Cost O((n + m) log(n + m)). With D(t) = Q_U(t) -
-    Q_V(t) the result holds
+    and the order of the values doesn't matter. u_mass (n,) and v_mass (m,) are their relative
+    masses; None if all are equal. Masses in whole numbers are the same as values repeated as often.
+    Cost O((n + m) log(n + m)). With D(t) = Q_U(t) - Q_V(t) the result holds
 
     - ``violation_fraction``: the measure of {t in (0, 1): D(t) < 0}; no unit, 0 to 1.
     - ``violation_amount``: integral of max(-D(t), 0) dt; in the unit of the samples (nats for
@@ -129,14 +176,15 @@ def dominance_statistics(u: ArrayLike, v: ArrayLike) -> dict[str, float]:
     The comparison D(t) < 0 has no tolerance: where u and v differ by rounding noise only,
     violation_fraction is arbitrary and the amounts are what says so.
 
-    Raises ValueError, naming "u" or "v", for an empty, non-finite or not one-dimensional sample.
+    Raises ValueError, naming "u" or "v", for an empty, non-finite or not one-dimensional sample,
+    and for masses that aren't finite and positive.
 
     References: Melnyk et al. (2024), "Distributional Preference Alignment of LLMs via Optimal
     Transport", arXiv 2406.05882, sec. 2 (dominance by quantiles); the amounts are the two halves
     of W_1 on the line, e.g. Santambrogio (2015), "Optimal Transport for Applied Mathematicians",
     thm. 2.9 with h(z) = |z|.
     """
-    a, b = np.sort(as_sample(u, "u")), np.sort(as_sample(v, "v"))
+    a, b = with_masses(u, u_mass, "u").sorted(), with_masses(v, v_mass, "v").sorted()
     found = _statistics_of_sorted(a, b)
     return {key: float(value) for key, value in found.items()}
 
@@ -148,11 +196,14 @@ def bootstrap_intervals(
     n_resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
+    u_mass: ArrayLike | None = None,
+    v_mass: ArrayLike | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap intervals of every key of `dominance_statistics`.
 
     paired=True: u[i] and v[i] belong to one row and rows are drawn with replacement, which keeps
     their dependence (n = m is required). paired=False: both samples are drawn independently.
+    A value is drawn with its mass, so that masses are random as the values are.
     The interval runs from the (1 - level)/2 to the (1 + level)/2 quantile of the resampled
     statistic (Efron and Tibshirani 1993, ch. 13). Equal arguments give equal intervals.
 
@@ -163,17 +214,29 @@ def bootstrap_intervals(
     Raises ValueError for the reasons of `dominance_statistics`, for paired samples of unequal
     size, n_resamples < 1, or a level outside (0, 1).
     """
-    a, b = as_sample(u, "u"), as_sample(v, "v")
+    a, b = with_masses(u, u_mass, "u"), with_masses(v, v_mass, "v")
     if not 0.0 < level < 1.0:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
     draws: dict[str, list[FloatArray]] = {key: [] for key in STATISTICS}
-    for i, j in resampled_indices(a.size, b.size, paired, n_resamples, seed):
-        drawn = _statistics_of_sorted(np.sort(a[i]), np.sort(b[j]))
-        for key, value in drawn.items():
-            draws[key].append(value)
+    for drawn in resampled(a, b, paired, n_resamples, seed):
+        for key, value in _statistics_of_sorted(*drawn).items():
+            draws[key].append(np.atleast_1d(value))
     tails = ((1.0 - level) / 2.0, (1.0 + level) / 2.0)
     ends = {key: np.quantile(np.concatenate(values), tails) for key, values in draws.items()}
     return {key: (float(low), float(high)) for key, (low, high) in ends.items()}
+
+
+def resampled(
+    u: Sample, v: Sample, paired: bool, n_resamples: int, seed: int
+) -> Iterator[tuple[Sample, Sample]]:
+    """Sorted bootstrap samples of u (n,) and v (m,), n_resamples in all, as by `resampled_indices`:
+    many at a time without masses, one at a time with masses, since their grids differ."""
+    for i, j in resampled_indices(u.size, v.size, paired, n_resamples, seed):
+        if u.mass is None and v.mass is None:
+            yield u.take(i).sorted(), v.take(j).sorted()
+            continue
+        for of_u, of_v in zip(i, j, strict=True):
+            yield u.take(of_u).sorted(), v.take(of_v).sorted()
 
 
 def resampled_indices(

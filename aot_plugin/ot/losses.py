@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from .penalties import Penalty, smoothed
@@ -23,6 +24,8 @@ class PairedLogps:
         chosen, rejected, ref_chosen, ref_rejected: sequence log-probabilities under policy and
             reference, each [n] float64, in nats.
         chosen_tokens, rejected_tokens: completion tokens, each [n] float64.
+        mass: relative masses of the pairs, [n] float64; None if all are equal. Both u_i and v_i
+            have the mass of pair i.
     """
 
     sequences_per_row: ClassVar[int] = 2
@@ -33,17 +36,28 @@ class PairedLogps:
     ref_rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+    mass: Tensor | None = None
 
     @classmethod
     def from_sequences(
-        cls, logps: Tensor, ref_logps: Tensor, is_positive: Tensor, tokens: Tensor
+        cls,
+        logps: Tensor,
+        ref_logps: Tensor,
+        is_positive: Tensor,
+        tokens: Tensor,
+        mass: Tensor | None = None,
     ) -> "PairedLogps":
-        """Pairs from 2n sequences: the i-th chosen one belongs to the i-th rejected one."""
+        """Pairs from 2n sequences: the i-th chosen one belongs to the i-th rejected one, and has
+        the same mass."""
         columns = (logps, ref_logps, tokens)
         (chosen, ref_chosen, chosen_tokens), (rejected, ref_rejected, rejected_tokens) = (
             [column[rows] for column in columns] for rows in (is_positive, ~is_positive)
         )
-        return cls(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)
+        mass = unless_equal(mass)
+        return cls(
+            *(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens),
+            mass=None if mass is None else mass[is_positive],
+        )
 
     @property
     def u(self) -> Tensor:
@@ -67,8 +81,19 @@ class PairedLogps:
         )
 
     @property
+    def u_mass(self) -> Tensor | None:
+        """Relative masses of u, [n]; None if all are equal."""
+        return self.mass
+
+    @property
+    def v_mass(self) -> Tensor | None:
+        """Relative masses of v, [n]; None if all are equal."""
+        return self.mass
+
+    @property
     def preferred(self) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and completion tokens of the chosen responses."""
+        """Log-probabilities and completion tokens of the chosen responses, whose masses are those
+        of u."""
         return self.chosen, self.chosen_tokens
 
 
@@ -81,6 +106,8 @@ class UnpairedLogps:
             nats.
         is_positive: [n + m] bool.
         tokens: completion tokens, [n + m] float64.
+        mass: relative masses of the rows, [n + m] float64; None if all are equal. Only ratios among
+            the positive rows and among the negative ones matter: each sample has total mass 1.
     """
 
     sequences_per_row: ClassVar[int] = 1
@@ -89,12 +116,18 @@ class UnpairedLogps:
     ref_logps: Tensor
     is_positive: Tensor
     tokens: Tensor
+    mass: Tensor | None = None
 
     @classmethod
     def from_sequences(
-        cls, logps: Tensor, ref_logps: Tensor, is_positive: Tensor, tokens: Tensor
+        cls,
+        logps: Tensor,
+        ref_logps: Tensor,
+        is_positive: Tensor,
+        tokens: Tensor,
+        mass: Tensor | None = None,
     ) -> "UnpairedLogps":
-        return cls(logps, ref_logps, is_positive, tokens)
+        return cls(logps, ref_logps, is_positive, tokens, unless_equal(mass))
 
     @property
     def u(self) -> Tensor:
@@ -112,8 +145,19 @@ class UnpairedLogps:
         return replace(self, logps=self.logps / tokens, ref_logps=self.ref_logps / tokens)
 
     @property
+    def u_mass(self) -> Tensor | None:
+        """Relative masses of u, [n]; None if all are equal."""
+        return None if self.mass is None else self.mass[self.is_positive]
+
+    @property
+    def v_mass(self) -> Tensor | None:
+        """Relative masses of v, [m]; None if all are equal."""
+        return None if self.mass is None else self.mass[~self.is_positive]
+
+    @property
     def preferred(self) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and completion tokens of the positive rows."""
+        """Log-probabilities and completion tokens of the positive rows, whose masses are those of
+        u."""
         return self.logps[self.is_positive], self.tokens[self.is_positive]
 
 
@@ -125,6 +169,11 @@ def compared(step: StepLogps, score: ScoreKind) -> StepLogps:
     """The step with the scores that are compared: log-probabilities of whole responses ("sum"), or
     per token ("mean")."""
     return step.per_token() if score == "mean" else step
+
+
+def unless_equal(mass: Tensor | None) -> Tensor | None:
+    """``mass`` [n]; None if all are equal, where sums are those without masses to the last bit."""
+    return None if mass is None or torch.equal(mass, mass[:1].expand_as(mass)) else mass
 
 
 @dataclass(frozen=True)
@@ -152,14 +201,26 @@ def transport(step: StepLogps, options: LossOptions) -> Tensor:
     if len(u) == 0 or len(v) == 0:
         return (u.sum() + v.sum()) * 0.0
     penalty = smoothed(options.penalty, options.label_smoothing)
-    return transport_value(u, v, lambda z: penalty(z, options.beta), options.sort, options.epsilon)
+    return transport_value(
+        u,
+        v,
+        lambda z: penalty(z, options.beta),
+        options.sort,
+        options.epsilon,
+        step.u_mass,
+        step.v_mass,
+    )
 
 
 def negative_log_likelihood(step: StepLogps) -> Tensor:
     """Mean over the completion tokens of chosen or positive responses of -log p(token), in nats;
-    0 for a step that has none. This is the loss of supervised fine-tuning on these responses."""
+    0 for a step that has none. This is the loss of supervised fine-tuning on these responses. A
+    token counts with the mass of its row."""
     logps, tokens = step.preferred
-    return -logps.sum() / tokens.sum().clamp(min=1)
+    if (mass := step.u_mass) is None:
+        return -logps.sum() / tokens.sum().clamp(min=1)
+    total = (mass * tokens).sum()
+    return -(mass * logps).sum() / torch.where(total > 0, total, 1.0)
 
 
 def of_means(loss: StepLoss) -> StepLoss:

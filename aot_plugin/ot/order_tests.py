@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .coupling import FloatArray, IntArray
-from .dominance import as_sample, quantile_gaps, resampled_indices
+from .dominance import (
+    Sample,
+    as_sample,
+    quantile_gaps,
+    resampled,
+    resampled_indices,
+    with_masses,
+)
 
 
 class DominanceTest(NamedTuple):
@@ -99,7 +106,9 @@ def _cumulative(counts: IntArray) -> IntArray:
     return np.concatenate([np.zeros_like(counts[:, :1]), np.cumsum(counts, axis=1)], axis=1)
 
 
-def violation_ratio(u: ArrayLike, v: ArrayLike) -> float:
+def violation_ratio(
+    u: ArrayLike, v: ArrayLike, u_mass: ArrayLike | None = None, v_mass: ArrayLike | None = None
+) -> float:
     """The share of the squared Wasserstein-2 distance that violates "U dominates V".
 
         integral of (Q_V - Q_U)_+^2 dt  /  integral of (Q_U - Q_V)^2 dt
@@ -109,13 +118,15 @@ def violation_ratio(u: ArrayLike, v: ArrayLike) -> float:
     index of del Barrio, Cuesta-Albertos and Matran (2018), "An Optimal Transportation Approach for
     Assessing Almost Stochastic Order", in: The Mathematics of the Uncertain, Springer.
 
+    u_mass (n,) and v_mass (m,) are the values' relative masses; None if all are equal.
+
     Raises ValueError for a bad sample (see `dominance_statistics`).
     """
-    a, b = np.sort(as_sample(u, "u")), np.sort(as_sample(v, "v"))
+    a, b = with_masses(u, u_mass, "u").sorted(), with_masses(v, v_mass, "v").sorted()
     return float(_ratios_of_sorted(a, b))
 
 
-def _ratios_of_sorted(u: FloatArray, v: FloatArray) -> FloatArray:
+def _ratios_of_sorted(u: Sample, v: Sample) -> FloatArray:
     """Violation ratios of sorted samples u (..., n) and v (..., m), shape (...)."""
     gap, width = quantile_gaps(u, v)
     with np.errstate(invalid="ignore"):  # 0/0 is the NaN that stands for equal quantile functions
@@ -131,6 +142,8 @@ def almost_dominance(
     n_resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
+    u_mass: ArrayLike | None = None,
+    v_mass: ArrayLike | None = None,
 ) -> AlmostDominance:
     """The violation ratio with a one-sided upper confidence limit.
 
@@ -138,19 +151,19 @@ def almost_dominance(
     "the ratio is at least eps" at 1 - level is to find the limit below eps; below 0.5, U is closer
     to dominating V than the reverse. The estimate is asymptotically normal (del Barrio,
     Cuesta-Albertos and Matran 2018 for independent samples) except at 0 and 1, where
-    the limit shouldn't be over-read. Resampling is that of `bootstrap_intervals`. Resamples with
-    equal quantile functions are left out.
+    the limit shouldn't be over-read. Resampling is that of `bootstrap_intervals`, masses included.
+    Resamples with equal quantile functions are left out.
 
     Raises ValueError for the reasons of `bootstrap_intervals`.
     """
     from scipy.stats import norm
 
-    a, b = as_sample(u, "u"), as_sample(v, "v")
+    a, b = with_masses(u, u_mass, "u"), with_masses(v, v_mass, "v")
     if not 0.0 < level < 1.0:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
-    ratio = violation_ratio(a, b)
-    blocks = resampled_indices(a.size, b.size, paired, n_resamples, seed)
-    drawn = np.concatenate([_ratios_of_sorted(np.sort(a[i]), np.sort(b[j])) for i, j in blocks])
+    ratio = float(_ratios_of_sorted(a.sorted(), b.sorted()))
+    blocks = resampled(a, b, paired, n_resamples, seed)
+    drawn = np.concatenate([np.atleast_1d(_ratios_of_sorted(*samples)) for samples in blocks])
     drawn = drawn[np.isfinite(drawn)]
     if not np.isfinite(ratio) or drawn.size < 2:
         return AlmostDominance(ratio, float("nan"))

@@ -2,9 +2,9 @@
 
 For a convex penalty h, OT_h(U, V) = min over couplings of E h(u - v) = integral over t in (0, 1)
 of h(Q_U(t) - Q_V(t)) dt (Santambrogio, *Optimal Transport for Applied Mathematicians*, thm. 2.9):
-the monotone coupling is optimal, so sorting solves the problem. Sample sizes may differ: the
-masses 1/n and 1/m are matched along the merged grid of quantile levels, which is the north-west
-corner rule on sorted samples.
+the monotone coupling is optimal, so sorting solves the problem. Sample sizes and masses may differ:
+the masses, 1/n and 1/m where none are given, are matched along the merged grid of quantile levels,
+which is the north-west corner rule on sorted samples.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .coupling import monotone_coupling
+from .coupling import FloatArray, monotone_coupling
 
 SortKind = Literal["hard", "soft"]
 
@@ -57,6 +57,8 @@ def transport_value(
     cost: Callable[[Tensor], Tensor],
     sort: SortKind = "hard",
     epsilon: float = 0.1,
+    u_mass: Tensor | None = None,
+    v_mass: Tensor | None = None,
 ) -> Tensor:
     """OT_h(U, V) = integral of h(Q_U(t) - Q_V(t)) dt for the samples u ([n]) and v ([m]).
 
@@ -66,18 +68,30 @@ def transport_value(
         cost: h, elementwise and convex (see ``penalties``).
         sort: "hard" (exact) or "soft" (``soft_sort`` with epsilon, in the unit of u: nats).
         epsilon: regularization strength of the soft sort.
+        u_mass: relative masses of u, [n]; None if all are equal. Only their ratios matter.
+        v_mass: those of v, [m].
 
     Returns:
         A scalar of u's dtype; its gradient is exact (sorting is differentiable almost everywhere).
 
     Raises:
-        ValueError: if a sample is empty.
+        ValueError: if a sample is empty, if masses are negative, not finite or all 0, or if there
+            are masses with the soft sort: it mixes neighbours, which only means something if they
+            are exchangeable.
     """
-    coupling = monotone_coupling(len(u), len(v))
-    arrays = (coupling.u_index, coupling.v_index, coupling.mass)
-    i, j, mass = (torch.from_numpy(array).to(u.device) for array in arrays)
+    if sort == "soft" and (u_mass is not None or v_mass is not None):
+        raise ValueError("the soft sort needs equal masses: use the hard one")
     if sort == "soft":
         u_sorted, v_sorted = soft_sort(u, epsilon), soft_sort(v, epsilon)
+        coupling = monotone_coupling(len(u), len(v))
     else:
-        u_sorted, v_sorted = torch.sort(u).values, torch.sort(v).values
+        (u_sorted, u_order), (v_sorted, v_order) = torch.sort(u), torch.sort(v)
+        masses = _in_order(u_mass, u_order), _in_order(v_mass, v_order)
+        coupling = monotone_coupling(len(u), len(v), *masses)
+    arrays = (coupling.u_index, coupling.v_index, coupling.mass)
+    i, j, mass = (torch.from_numpy(array).to(u.device) for array in arrays)
     return (mass.to(u.dtype) * cost(u_sorted[i] - v_sorted[j])).sum()
+
+
+def _in_order(mass: Tensor | None, order: Tensor) -> FloatArray | None:
+    return None if mass is None else mass[order].double().cpu().numpy()

@@ -70,7 +70,7 @@ def gaps(names: Sequence[str], panels: Sequence[Panel]) -> Figure:
     axes.axhline(0.0, color="black", linewidth=0.8)
     low, high = 0.0, 0.0
     for number, (name, panel) in enumerate(zip(names, panels, strict=True)):
-        levels, x, y = quantile_curve(panel.first, panel.second)
+        levels, x, y = quantile_curve(panel.first, panel.second, *panel.masses)
         style = _STYLES[number % len(_STYLES)]
         axes.stairs(x - y, levels, baseline=None, label=literal(name), linewidth=1.6, **style)
         low, high = min(low, (x - y).min()), max(high, (x - y).max())
@@ -105,9 +105,16 @@ def history(evaluations: Sequence[Named]) -> Figure | None:
     for number, ((run, eval_set), line) in enumerate(lines):
         style = _STYLES[number % len(_STYLES)]
         steps = [scores.step for scores in line]
-        values = [dominance_statistics(scores.u, scores.v) for scores in line]
+        values = [
+            dominance_statistics(scores.u, scores.v, scores.u_mass, scores.v_mass)
+            for scores in line
+        ]
         bands = [
-            bootstrap_intervals(scores.u, scores.v, scores.is_paired, _HISTORY_RESAMPLES)
+            bootstrap_intervals(
+                *(scores.u, scores.v, scores.is_paired, _HISTORY_RESAMPLES),
+                u_mass=scores.u_mass,
+                v_mass=scores.v_mass,
+            )
             for scores in line
         ]
         for axis, key in zip(axes, ("violation_amount", "w1"), strict=True):

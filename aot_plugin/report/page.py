@@ -61,6 +61,7 @@ def comparison_page(evaluations: Sequence[Named], n_resamples: int = 1000) -> st
         f"<p>{_t(len(latest))} evaluation(s). Intervals in brackets are 95 % bootstrap intervals "
         f"from {_t(n_resamples)} resamples. Log-probabilities are of whole completions, in nats; "
         "those of a run with <code>aot_score: mean</code> are divided by its tokens.</p>",
+        *_on_weights(names, summaries),
         _evaluations_table(names, summaries),
         "<h2>Margins: what AOT compares</h2>",
         "<p>Paired: margins log π(chosen) − log π(rejected) of the policy (first sample) against "
@@ -108,7 +109,8 @@ def _margins_or_logratios(evaluation: Named) -> Panel:
         return margins_panel(scores)
     names = ("positive", "negative")
     quantity = f"log-ratio log(π/π_ref) [{scores.unit}]"
-    return Panel(scores.u, scores.v, names, quantity, "", scores.unit)
+    masses = scores.u_mass, scores.v_mass
+    return Panel(scores.u, scores.v, names, quantity, "", scores.unit, masses)
 
 
 def _plots(
@@ -144,6 +146,17 @@ def _image(figure: Figure, description: str) -> str:
     figure.savefig(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<p class="wide"><img alt="{_t(description)}" src="data:image/png;base64,{data}"></p>'
+
+
+def _on_weights(names: Sequence[str], summaries: Sequence[Summary]) -> list[str]:
+    weighted = [name for name, found in zip(names, summaries, strict=True) if found["weighted"]]
+    if not weighted:
+        return []
+    return [
+        f"<p>The rows of {_t('; '.join(weighted))} have weights (<code>field_weight</code>). Every "
+        "number counts them, except the numbers of completions and the length bias. There is no "
+        "p-value then: the test is for rows that count alike.</p>"
+    ]
 
 
 def _evaluations_table(names: Sequence[str], summaries: Sequence[Summary]) -> str:

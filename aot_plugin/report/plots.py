@@ -58,6 +58,7 @@ class Panel(NamedTuple):
         quantity: label of the vertical axis, with its unit.
         title: title of the panel.
         unit: unit of the gap between the samples.
+        masses: relative masses of the samples, [n] and [m]; None where all are equal.
     """
 
     first: FloatArray
@@ -66,6 +67,7 @@ class Panel(NamedTuple):
     quantity: str
     title: str
     unit: str = "nats"
+    masses: tuple[FloatArray | None, FloatArray | None] = (None, None)
 
 
 def rewards_panel(scores: Scores) -> Panel:
@@ -78,6 +80,7 @@ def rewards_panel(scores: Scores) -> Panel:
         f"reward β·log(π/π_ref) [{scores.unit}], β = {scores.beta:g}",
         f"(a) rewards of {names[0]} and {names[1]} completions",
         scores.unit,
+        (scores.u_mass, scores.v_mass),
     )
 
 
@@ -90,6 +93,7 @@ def margins_panel(scores: Scores) -> Panel:
         f"margin log π(chosen) − log π(rejected) [{scores.unit}]",
         "(b) margins under policy and reference",
         scores.unit,
+        (scores.u_mass, scores.v_mass),
     )
 
 
@@ -103,7 +107,7 @@ def draw_quantiles(axes: Axes, panel: Panel) -> None:
     Raises:
         ValueError: if a sample is empty or not finite.
     """
-    levels, x, y = quantile_curve(panel.first, panel.second)
+    levels, x, y = quantile_curve(panel.first, panel.second, *panel.masses)
     first_name, second_name = panel.names
     _shade(axes, levels, x, y, label=f"violation: {first_name} below {second_name}")
     axes.stairs(y, levels, baseline=None, label=second_name, **SECOND_STYLE)
@@ -115,7 +119,7 @@ def draw_quantiles(axes: Axes, panel: Panel) -> None:
     axes.update_datalim([(0.0, high + 0.3 * (high - low))])
     axes.autoscale_view()
     axes.legend(loc="upper left", fontsize=8, framealpha=0.8)
-    found = dominance_statistics(panel.first, panel.second)
+    found = dominance_statistics(panel.first, panel.second, *panel.masses)
     axes.set_title(
         f"{panel.title}\n"
         f"violation {found['violation_amount']:.3g} {panel.unit}, on "
@@ -132,7 +136,7 @@ def draw_gap(axes: Axes, panel: Panel) -> None:
 
     If the spread of the samples is large, the curves themselves are too close to tell apart.
     """
-    levels, x, y = quantile_curve(panel.first, panel.second)
+    levels, x, y = quantile_curve(panel.first, panel.second, *panel.masses)
     _shade(axes, levels, x - y, np.zeros_like(x))
     axes.stairs(x - y, levels, baseline=None, color="black", linewidth=1.0)
     axes.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
@@ -195,12 +199,13 @@ def literal(text: str) -> str:
 
 
 def describe(scores: Scores) -> str:
-    """Eval set, step and numbers of completions, on one line."""
+    """Eval set, step and numbers of completions, and whether they have weights, on one line."""
     if scores.is_paired:
         size = f"n = {len(scores.u)} pairs"
     else:
         size = f"n = {len(scores.u)} positives, m = {len(scores.v)} negatives"
-    return f"{scores.eval_set}, step {scores.step}, {size}"
+    weighted = "" if scores.u_mass is None else ", weighted"
+    return f"{scores.eval_set}, step {scores.step}, {size}{weighted}"
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -49,9 +49,11 @@ def record_evaluation(scores: Scores, output_dir: str | os.PathLike[str]) -> dic
 
 
 def _resamples_within_seconds(scores: Scores) -> int:
-    """Number of bootstrap resamples: 1000, fewer beyond 20,000 completions.
+    """Number of bootstrap resamples: 1000, fewer beyond 20,000 completions (4,000 with weights,
+    whose resamples can't be computed together).
 
     Training waits for these intervals.
     """
     completions = len(scores.chosen_tokens) + len(scores.rejected_tokens)
-    return max(100, min(1000, 20_000_000 // max(1, completions)))
+    drawn = 20_000_000 if scores.u_mass is None else 4_000_000
+    return max(100, min(1000, drawn // max(1, completions)))

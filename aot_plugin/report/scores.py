@@ -42,6 +42,9 @@ COLUMNS: dict[str, dict[str, type]] = {
 }
 """Names and dtypes of the columns of each mode."""
 
+WEIGHT = "weight"
+"""Name of a further column, float64: relative masses of the rows, where they are not all equal."""
+
 _METADATA_KEY = b"aot_plugin"
 _FORMAT = 1
 
@@ -60,7 +63,8 @@ class Scores:
         beta: reward = beta * log-ratio.
         step: optimizer step at which the model was evaluated.
         eval_set: name of the evaluation set.
-        columns: arrays [n], one for each name in ``COLUMNS[mode]``; read-only copies.
+        columns: arrays [n], one for each name in ``COLUMNS[mode]`` and perhaps ``WEIGHT``;
+            read-only copies.
         score: what the statistics compare, whole completions ("sum") or per-token means ("mean").
     """
 
@@ -74,7 +78,9 @@ class Scores:
     def __post_init__(self) -> None:
         if self.mode not in COLUMNS:
             raise ValueError(f"mode: expected one of {sorted(COLUMNS)}, got {self.mode!r}")
-        expected = COLUMNS[self.mode]
+        expected = dict(COLUMNS[self.mode])
+        if WEIGHT in self.columns:
+            expected[WEIGHT] = np.float64
         if self.columns.keys() != expected.keys():
             raise ValueError(
                 f"columns of a {self.mode} evaluation are {sorted(expected)}, "
@@ -103,6 +109,7 @@ class Scores:
         ref_rejected_logps: ArrayLike,
         chosen_tokens: ArrayLike,
         rejected_tokens: ArrayLike,
+        weight: ArrayLike | None = None,
         score: ScoreKind = "sum",
     ) -> Scores:
         """Scores of n pairs of completions, each pair with one prompt.
@@ -112,6 +119,7 @@ class Scores:
             chosen_logps, rejected_logps: the policy's log-probabilities, [n].
             ref_chosen_logps, ref_rejected_logps: the reference's, [n].
             chosen_tokens, rejected_tokens: numbers of completion tokens, [n].
+            weight: relative masses of the pairs, [n]; None if all are equal.
 
         Raises:
             ValueError: if columns have different lengths.
@@ -124,6 +132,7 @@ class Scores:
             "chosen_tokens": chosen_tokens,
             "rejected_tokens": rejected_tokens,
         }
+        columns = _with_weight(columns, weight)
         return cls("paired", float(beta), int(step), eval_set, columns, score)
 
     @classmethod
@@ -137,6 +146,7 @@ class Scores:
         ref_logps: ArrayLike,
         label: ArrayLike,
         tokens: ArrayLike,
+        weight: ArrayLike | None = None,
         score: ScoreKind = "sum",
     ) -> Scores:
         """Scores of n single completions.
@@ -147,6 +157,7 @@ class Scores:
             ref_logps: the reference's, [n].
             label: True for positive completions, [n].
             tokens: numbers of completion tokens, [n].
+            weight: relative masses of the rows, [n]; None if all are equal.
 
         Raises:
             ValueError: if columns have different lengths.
@@ -157,6 +168,7 @@ class Scores:
             "label": label,
             "tokens": tokens,
         }
+        columns = _with_weight(columns, weight)
         return cls("unpaired", float(beta), int(step), eval_set, columns, score)
 
     @property
@@ -217,6 +229,19 @@ class Scores:
         if self.is_paired:
             return self.columns["rejected_tokens"]
         return self.columns["tokens"][~self.columns["label"]]
+
+    @property
+    def u_mass(self) -> FloatArray | None:
+        """Relative masses of ``u``, and of chosen completions (unpaired: of positives); None if all
+        rows have the same."""
+        weight = self.columns.get(WEIGHT)
+        return weight if weight is None or self.is_paired else weight[self.columns["label"]]
+
+    @property
+    def v_mass(self) -> FloatArray | None:
+        """Relative masses of ``v``, and of rejected completions (unpaired: of negatives)."""
+        weight = self.columns.get(WEIGHT)
+        return weight if weight is None or self.is_paired else weight[~self.columns["label"]]
 
     @property
     def u(self) -> FloatArray:
@@ -299,6 +324,10 @@ def load_run(output_dir: str | os.PathLike[str]) -> list[Scores]:
     """
     paths = (Path(output_dir) / DIRECTORY).glob("scores-*.parquet")
     return sorted(map(Scores.load, paths), key=lambda scores: (scores.step, scores.eval_set))
+
+
+def _with_weight(columns: dict[str, Any], weight: ArrayLike | None) -> dict[str, Any]:
+    return columns if weight is None else {**columns, WEIGHT: weight}
 
 
 def _file_name_part(name: str) -> str:

@@ -14,16 +14,21 @@ from numpy.typing import NDArray
 
 from ..ot.coupling import FloatArray, recoupled_fraction
 from ..ot.dominance import (
-    as_sample,
+    Sample,
     bootstrap_intervals,
     dominance_statistics,
+    resampled,
     resampled_indices,
+    with_masses,
 )
 from ..ot.order_tests import almost_dominance, dominance_test
 from .scores import Scores, write_atomically
 
 LEVEL = 0.95
 """Confidence level of every interval in a summary."""
+
+NO_TEST = {"statistic": None, "p_value": None, "method": "none: rows have weights"}
+"""In place of ``dominance_test``, whose distribution is known for rows that count alike."""
 
 
 class _Options(TypedDict):
@@ -43,12 +48,13 @@ def summarize(scores: Scores, n_resamples: int = 1000, seed: int = 0) -> dict[st
     Returns:
         Plain JSON values, None where a number isn't defined:
 
-        - ``mode``, ``beta``, ``step``, ``eval_set``, ``n_chosen``, ``n_rejected``, ``level``,
-          ``n_resamples``
+        - ``mode``, ``beta``, ``step``, ``eval_set``, ``n_chosen``, ``n_rejected`` (completions,
+          whatever their masses), ``weighted`` (whether masses differ), ``level``, ``n_resamples``
         - ``margins``: the comparison in AOT's loss, u with v (``Scores.u``, ``Scores.v``), and
           ``rewards``: that of chosen with rejected rewards. Each contains ``statistics`` (see
           ``dominance_statistics``; nats), ``intervals`` with the same keys, ``test`` (see
-          ``dominance_test``; H0: the first sample dominates), ``violation_ratio`` and its limit
+          ``dominance_test``; H0: the first sample dominates; ``NO_TEST`` if masses differ),
+          ``violation_ratio`` and its limit
           ``violation_ratio_upper`` (see ``almost_dominance``), ``first_mean`` and ``second_mean``
         - ``accuracy``, ``accuracy_interval``: probability that a chosen reward exceeds a rejected
           one, with ties counted as one half, and its bootstrap interval. Paired: within the pairs.
@@ -56,15 +62,22 @@ def summarize(scores: Scores, n_resamples: int = 1000, seed: int = 0) -> dict[st
         - ``recoupled_fraction``: paired only, the share of rows whose u is compared with the v of
           another row, by rank (0: AOT's loss on these rows is the pairwise one)
         - ``length``: ``length_bias`` of chosen and of rejected completions separately, so that a
-          difference in length *between* them isn't mistaken for a bias within
+          difference in length *between* them isn't mistaken for a bias within; all completions
+          count alike in it
+
+    All else counts rows with their masses.
 
     Raises:
         ValueError: if a sample is empty or not finite; names it ("chosen rewards", ...).
     """
-    chosen = as_sample(scores.chosen_rewards, "chosen rewards")
-    rejected = as_sample(scores.rejected_rewards, "rejected rewards")
+    u_mass, v_mass = scores.u_mass, scores.v_mass
+    chosen = with_masses(scores.chosen_rewards, u_mass, "chosen rewards")
+    rejected = with_masses(scores.rejected_rewards, v_mass, "rejected rewards")
+    u, v = with_masses(scores.u, u_mass, "u"), with_masses(scores.v, v_mass, "v")
     options: _Options = {"paired": scores.is_paired, "n_resamples": n_resamples, "seed": seed}
-    win_rate, win_rate_interval = accuracy(chosen, rejected, **options)
+    win_rate, win_rate_interval = accuracy(
+        chosen.values, rejected.values, **options, masses=(chosen.mass, rejected.mass)
+    )
     found = {
         "mode": scores.mode,
         "beta": scores.beta,
@@ -72,16 +85,19 @@ def summarize(scores: Scores, n_resamples: int = 1000, seed: int = 0) -> dict[st
         "eval_set": scores.eval_set,
         "n_chosen": chosen.size,
         "n_rejected": rejected.size,
+        "weighted": chosen.mass is not None or rejected.mass is not None,
         "level": LEVEL,
         "n_resamples": n_resamples,
-        "margins": _comparison(scores.u, scores.v, **options),
+        "margins": _comparison(u, v, **options),
         "rewards": _comparison(chosen, rejected, **options),
         "accuracy": win_rate,
         "accuracy_interval": win_rate_interval,
-        "recoupled_fraction": recoupled_fraction(scores.u, scores.v) if scores.is_paired else None,
+        "recoupled_fraction": (
+            recoupled_fraction(u.values, v.values, u.mass) if scores.is_paired else None
+        ),
         "length": {
-            "chosen": length_bias(chosen, scores.chosen_tokens),
-            "rejected": length_bias(rejected, scores.rejected_tokens),
+            "chosen": length_bias(chosen.values, scores.chosen_tokens),
+            "rejected": length_bias(rejected.values, scores.rejected_tokens),
         },
     }
     return _plain(found)
@@ -98,7 +114,12 @@ def save_summary(
 
 
 def accuracy(
-    chosen: FloatArray, rejected: FloatArray, paired: bool, n_resamples: int, seed: int
+    chosen: FloatArray,
+    rejected: FloatArray,
+    paired: bool,
+    n_resamples: int,
+    seed: int,
+    masses: tuple[FloatArray | None, FloatArray | None] = (None, None),
 ) -> tuple[float, tuple[float, float]]:
     """P(chosen > rejected) + P(chosen = rejected) / 2, with its percentile bootstrap interval.
 
@@ -106,23 +127,43 @@ def accuracy(
         chosen: rewards, [n].
         rejected: rewards, [m]; m = n if paired.
         paired: True to compare row by row. False to compare all n m pairs, which gives the area
-            under the ROC curve; it is computed from ranks (Mann and Whitney 1947).
+            under the ROC curve; without masses it is computed from ranks (Mann and Whitney 1947).
         n_resamples: number of bootstrap resamples.
         seed: seed of the bootstrap.
+        masses: relative masses of both, [n] and [m], the same if paired; None if all are equal.
 
     Returns:
         The probability, and its interval as (low, high).
     """
-    blocks = resampled_indices(chosen.size, rejected.size, paired, n_resamples, seed)
     if paired:
-        wins = (1.0 + np.sign(chosen - rejected)) / 2.0
-        value = float(np.mean(wins))
-        drawn = np.concatenate([wins[i].mean(axis=-1) for i, _ in blocks])
+        blocks = resampled_indices(chosen.size, rejected.size, paired, n_resamples, seed)
+        wins = Sample((1.0 + np.sign(chosen - rejected)) / 2.0, masses[0])
+        value = float(_means(wins))
+        drawn = np.concatenate([_means(wins.take(i)) for i, _ in blocks])
     else:
-        value = float(_mann_whitney(chosen, rejected))
-        drawn = np.concatenate([_mann_whitney(chosen[i], rejected[j]) for i, j in blocks])
+        both = Sample(chosen, masses[0]), Sample(rejected, masses[1])
+        value = float(_win_rates(*(sample.sorted() for sample in both)))
+        pairs = resampled(*both, paired, n_resamples, seed)
+        drawn = np.concatenate([np.atleast_1d(_win_rates(*pair)) for pair in pairs])
     low, high = np.quantile(drawn, ((1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0))
     return value, (float(low), float(high))
+
+
+def _means(x: Sample) -> FloatArray:
+    """Means along the last axis, with masses if there are any."""
+    if x.mass is None:
+        return np.asarray(x.values.mean(axis=-1))
+    return np.asarray((x.mass * x.values).sum(axis=-1) / x.mass.sum(axis=-1))
+
+
+def _win_rates(x: Sample, y: Sample) -> FloatArray:
+    """P(x > y) + P(x = y) / 2 for sorted samples x (..., n) and y (..., m), shape (...)."""
+    if x.mass is None and y.mass is None:
+        return _mann_whitney(x.values, y.values)
+    x_mass, y_mass = (np.ones(s.size) if s.mass is None else s.mass for s in (x, y))
+    below = np.concatenate(([0.0], np.cumsum(y_mass)))
+    less, at_most = (below[np.searchsorted(y.values, x.values, side)] for side in ("left", "right"))
+    return np.asarray(x_mass @ (less + at_most) / (2.0 * x_mass.sum() * below[-1]))
 
 
 def _mann_whitney(x: FloatArray, y: FloatArray) -> FloatArray:
@@ -167,16 +208,19 @@ def length_bias(rewards: FloatArray, tokens: NDArray[np.int64]) -> dict[str, Any
 
 
 def _comparison(
-    first: FloatArray, second: FloatArray, paired: bool, n_resamples: int, seed: int
+    first: Sample, second: Sample, paired: bool, n_resamples: int, seed: int
 ) -> dict[str, Any]:
     options: _Options = {"paired": paired, "n_resamples": n_resamples, "seed": seed}
-    almost = almost_dominance(first, second, level=LEVEL, **options)
+    values, masses = (first.values, second.values), (first.mass, second.mass)
+    bootstrap: dict[str, Any] = {"level": LEVEL, "u_mass": masses[0], "v_mass": masses[1]}
+    almost = almost_dominance(*values, **options, **bootstrap)
+    alike = first.mass is None and second.mass is None
     return {
-        "first_mean": float(np.mean(first)),
-        "second_mean": float(np.mean(second)),
-        "statistics": dominance_statistics(first, second),
-        "intervals": bootstrap_intervals(first, second, level=LEVEL, **options),
-        "test": dominance_test(first, second, **options)._asdict(),
+        "first_mean": float(_means(first)),
+        "second_mean": float(_means(second)),
+        "statistics": dominance_statistics(*values, *masses),
+        "intervals": bootstrap_intervals(*values, **options, **bootstrap),
+        "test": dominance_test(*values, **options)._asdict() if alike else NO_TEST,
         "violation_ratio": almost.ratio,
         "violation_ratio_upper": almost.upper,
     }

@@ -55,14 +55,15 @@ class MicroBatch:
         inputs: token ids and masks.
         is_positive: [sequences] bool; True for a chosen (paired) or positive (unpaired) sequence.
         tokens: [sequences] int64; completion tokens.
-        counts: [sequences] bool; False for a repeated row, which has mass 0 in the loss.
+        mass: [sequences] float64; relative mass in the loss, the same for the sequences of a row,
+            and 0 for a repeated row.
         ref_logps: [sequences] float32, in nats; None if the reference has not been scored yet.
     """
 
     inputs: Batch
     is_positive: Tensor
     tokens: Tensor
-    counts: Tensor
+    mass: Tensor
     ref_logps: Tensor | None
 
     def __len__(self) -> int:
@@ -79,7 +80,7 @@ class MicroBatch:
         index = torch.as_tensor(rows, device=self.is_positive.device)
         ref_logps = None if self.ref_logps is None else self.ref_logps[index]
         return MicroBatch(
-            inputs, self.is_positive[index], self.tokens[index], self.counts[index], ref_logps
+            inputs, self.is_positive[index], self.tokens[index], self.mass[index], ref_logps
         )
 
 
@@ -101,11 +102,16 @@ class Objective:
     whole_step: bool
 
     def __call__(
-        self, logps: Tensor, ref_logps: Tensor, is_positive: Tensor, tokens: Tensor
+        self,
+        logps: Tensor,
+        ref_logps: Tensor,
+        is_positive: Tensor,
+        tokens: Tensor,
+        mass: Tensor | None = None,
     ) -> tuple[StepLogps, Tensor]:
         """The sequences as pairs or labelled rows, and their loss, [] float64, for float64
         log-probabilities [sequences]."""
-        step = self.step_class.from_sequences(logps, ref_logps, is_positive, tokens)
+        step = self.step_class.from_sequences(logps, ref_logps, is_positive, tokens, mass)
         return step, self.loss(step, self.options)
 
 
@@ -418,30 +424,31 @@ class StepEngine:
     def _transport(self, logps: Tensor, ref_logps: Tensor, batch: MicroBatch) -> Tensor:
         """Stage 2: dL/dlogp of this rank's sequences, [sequences] float32, multiplied by what the
         host divides by (micro-batches x ranks). Repeated rows get 0."""
-        columns = [logps.detach(), ref_logps, batch.is_positive, batch.tokens, batch.counts]
+        columns = [logps.detach(), ref_logps, batch.is_positive, batch.tokens, batch.mass]
         rows = torch.stack(columns, dim=1).double()
         mine = slice(0, len(rows))
         if self._objective.whole_step:
             rows, mine = self._gather(rows)
         # All ranks check the same gathered rows, so all raise together and none deadlocks.
         check_finite(rows, f"step {self._record.step}")
-        counts = rows[:, 4].bool()
+        counts = rows[:, 4] > 0
         gradient = torch.zeros_like(rows[:, 0])
         averaged = self._micro_batches * self._ranks
         self._loss = 0.0
         if counts.any():
-            leaf, ref_logps, is_positive, tokens, _ = rows[counts].unbind(dim=1)
+            leaf, ref_logps, is_positive, tokens, mass = rows[counts].unbind(dim=1)
             leaf = leaf.clone().requires_grad_()
             with torch.enable_grad():
-                solved, loss = self._objective(leaf, ref_logps, is_positive.bool(), tokens)
+                solved, loss = self._objective(leaf, ref_logps, is_positive.bool(), tokens, mass)
                 (gradient[counts],) = torch.autograd.grad(loss, leaf)
             # The host averages: over equal values of one problem, or over one problem each.
             whole = self._objective.whole_step
             self._loss = loss.item() * (1 if whole else averaged / self._problems)
             self._report(solved)
             if is_watched():
-                positives = int((batch.is_positive & batch.counts).sum())
-                sizes = len(solved.u), len(solved.v), positives, int(batch.counts.sum())
+                own = batch.mass > 0
+                positives = int((batch.is_positive & own).sum())
+                sizes = len(solved.u), len(solved.v), positives, int(own.sum())
                 self._record.problems.append(Problem(*sizes))
         return (gradient[mine] * (averaged / self._problems)).to(logps.dtype)
 
@@ -465,6 +472,6 @@ def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
         inputs={},
         is_positive=torch.cat([batch.is_positive for batch in batches]),
         tokens=torch.cat([batch.tokens for batch in batches]),
-        counts=torch.cat([batch.counts for batch in batches]),
+        mass=torch.cat([batch.mass for batch in batches]),
         ref_logps=torch.cat(cached) if cached else None,
     )

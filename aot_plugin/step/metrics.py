@@ -1,5 +1,7 @@
 """Logged metrics of a step or an evaluation."""
 
+from torch import Tensor
+
 from ..ot.coupling import recoupled_fraction
 from ..ot.dominance import dominance_statistics
 from ..ot.losses import (
@@ -13,7 +15,7 @@ from ..ot.losses import (
 
 def step_metrics(step: StepLogps, beta: float, score: ScoreKind = "sum") -> dict[str, float]:
     """Dominance of U over V, the negative log-likelihood per token of chosen or positive responses,
-    and the reward metrics that TRL's trainers log.
+    and the reward metrics that TRL's trainers log, all with the rows' masses.
 
     Args:
         step: log-probabilities of whole responses, in nats.
@@ -27,22 +29,29 @@ def step_metrics(step: StepLogps, beta: float, score: ScoreKind = "sum") -> dict
     whole, step = step, compared(step, score)
     u, v = step.u.detach(), step.v.detach()
     arrays = u.cpu().numpy(), v.cpu().numpy()
-    stats = dominance_statistics(*arrays)
+    u_mass, v_mass = (None if m is None else m.cpu().numpy() for m in (step.u_mass, step.v_mass))
+    stats = dominance_statistics(*arrays, u_mass, v_mass)
     metrics = {f"aot/{name}": value for name, value in stats.items()}
     metrics["aot/nll"] = negative_log_likelihood(whole).item()
     if isinstance(step, PairedLogps):
-        metrics["aot/recoupled_fraction"] = recoupled_fraction(*arrays)
+        metrics["aot/recoupled_fraction"] = recoupled_fraction(*arrays, u_mass)
         chosen = (step.chosen - step.ref_chosen).detach() * beta
         rejected = (step.rejected - step.ref_rejected).detach() * beta
-        metrics["rewards/accuracies"] = (chosen > rejected).double().mean().item()
+        metrics["rewards/accuracies"] = _mean((chosen > rejected).double(), step.mass)
     else:
         chosen, rejected = u * beta, v * beta
     if isinstance(whole, PairedLogps):
         good, bad = whole.chosen, whole.rejected
     else:
         good, bad = whole.logps[whole.is_positive], whole.logps[~whole.is_positive]
-    metrics["logps/chosen"], metrics["logps/rejected"] = good.mean().item(), bad.mean().item()
-    metrics["rewards/chosen"] = chosen.mean().item()
-    metrics["rewards/rejected"] = rejected.mean().item()
+    metrics["logps/chosen"] = _mean(good, step.u_mass)
+    metrics["logps/rejected"] = _mean(bad, step.v_mass)
+    metrics["rewards/chosen"] = _mean(chosen, step.u_mass)
+    metrics["rewards/rejected"] = _mean(rejected, step.v_mass)
     metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics
+
+
+def _mean(x: Tensor, mass: Tensor | None) -> float:
+    """The mean of x [n], with masses [n] if there are any."""
+    return (x.mean() if mass is None else (mass * x).sum() / mass.sum()).item()
