@@ -218,6 +218,8 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
             )
     if args.aot_sort_epsilon is not None and args.aot_sort != "soft":
         raise ValueError("`aot_sort_epsilon` needs `aot_sort: soft`")
+    if args.aot_sort == "soft":
+        _check_soft_sort(cfg)
 
     _check_lengths(cfg, args)
     defaults = AOTOptions()
@@ -299,6 +301,16 @@ def _check_entries(cfg: Mapping[str, Any]) -> None:
             if not isinstance(entry, Mapping) or not all(isinstance(key, str) for key in entry):
                 raise ValueError(
                     f"`{where}[{index}]` must be a mapping with `path` and `type`, not {entry!r}"
+                )
+
+
+def _check_soft_sort(cfg: Mapping[str, Any]) -> None:
+    for where in ("datasets", "test_datasets"):
+        for index, entry in enumerate(cfg.get(where) or []):
+            if entry.get("field_weight") is not None:
+                raise ValueError(
+                    f"`{where}[{index}].field_weight` can't be used with `aot_sort: soft`, which "
+                    "mixes neighbouring rows as if they counted alike; write `aot_sort: hard`"
                 )
 
 

@@ -14,7 +14,7 @@ from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from torch import Tensor, nn
 
-from .data import is_text, prepare_tokens
+from .data import WEIGHT, is_text, prepare_tokens
 from .host.adapters import policy_to_start_from, refuse_another_start, save_adapter_only
 from .host.checks import refuse_inexact
 from .host.loaded_models import loaded_after
@@ -23,6 +23,7 @@ from .host.nodes import let_each_node_save
 from .host.precompute import PrecomputeMixin
 from .host.reference_cache import refuse_unlike_rows
 from .host.repeated_rows import refuse_uneven_ranks
+from .host.row_weights import RowWeightsMixin
 from .host.sampling import StratifiedSamplingMixin
 from .host.steps import StepsMixin
 from .ot.losses import LossOptions, PairedLogps, UnpairedLogps, of_means, with_sft
@@ -32,7 +33,7 @@ from .scoring.model_input import Batch
 from .step.engine import Objective
 
 
-class AOTTrainerMixin(StepsMixin, PrecomputeMixin):
+class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowWeightsMixin):
     """AOT for any host trainer with TRL's batches (``input_ids``, ``attention_mask``,
     ``completion_mask``). A subclass says how a batch's sequences are labelled."""
 
@@ -54,6 +55,7 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin):
         model, kwargs["peft_config"] = policy_to_start_from(model, new_adapter)
         super().__init__(model, *args, **kwargs)
         self._settle_reference()
+        self._read_weights()
         save_adapter_only(self.model, self.args)
         refuse_inexact(self)
         refuse_uneven_ranks(self.accelerator)
@@ -92,9 +94,15 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin):
         if "messages" in dataset.column_names:
             dataset = dataset.remove_columns("messages")
         if not is_text(dataset, self._mode):
-            return super()._prepare_dataset(  # type: ignore[misc]  # TRL has it, not Trainer
+            prepared = super()._prepare_dataset(  # type: ignore[misc]  # TRL has it, not Trainer
                 dataset, processing_class, args, dataset_name
             )
+            if WEIGHT in dataset.column_names and WEIGHT not in prepared.column_names:
+                raise ValueError(
+                    "TRL prepares these rows, and loses their weights (`field_weight`); write "
+                    "`type: chat_template.default` in their entry"
+                )
+            return prepared
         # What TRL does with `keep_end`, which only its DPO trainer knows: no prompt is too long.
         keeps_end = getattr(args, "truncation_mode", None) == "keep_end"
         max_length = None if keeps_end else args.max_length

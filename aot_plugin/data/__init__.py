@@ -11,6 +11,7 @@ the host resolves to a function of this package (``strategy_factory``).
     entries.py     checks all entries and rewrites them for the host
     host_schema.py the host's schemas of an entry, extended
     mixing.py      which rows of an entry are read: `weight` and `shards`
+    weights.py     the weight of a row: the mass of its atoms
     labels.py      a cell of the label column -> positive, negative or dropped
     rows.py        a row -> examples (prompt turns, completion turn, label); the only module that
                    knows dataset schemas
@@ -31,8 +32,10 @@ from .accounting import check_labels
 from .entries import resolve_datasets, resolve_unpaired_datasets
 from .strategy import strategy_factory
 from .tokens import is_text, prepare_tokens
+from .weights import WEIGHT
 
 __all__ = [
+    "WEIGHT",
     "check_labels",
     "is_text",
     "prepare_tokens",

@@ -48,7 +48,8 @@ class RowCounts:
         split: "train" or "test".
         rows: number of rows in the dataset.
         taken: number of rows after ``weight`` and ``shards``; None if neither applies.
-        counted: False for entries with one of the host's own types, whose rows are not judged.
+        counted: False for entries with one of the host's own types, of whose rows only those of
+            weight 0 are counted.
         pairs: kept pairs; None in an unpaired run.
         positive, negative: kept responses by label; 0 in a paired run.
         dropped: number of dropped responses (paired: rows) by reason.
@@ -131,7 +132,7 @@ def count_rows(
                     named.append(int(number))
             elif paired:
                 counts.pairs = (counts.pairs or 0) + 1
-            elif row[-1]:
+            elif row[2]:
                 counts.positive += 1
             else:
                 counts.negative += 1
@@ -146,7 +147,7 @@ def _without_identical(
     found: Sequence[tuple[int | None, Rendered | Drop]], tokenizer: Any
 ) -> Iterator[tuple[int | None, Rendered | Drop]]:
     """Drops pairs whose responses have the same token ids: they express no preference."""
-    same = iter(same_ids([row[1:] for _, row in found if not isinstance(row, Drop)], tokenizer))
+    same = iter(same_ids([row[1:3] for _, row in found if not isinstance(row, Drop)], tokenizer))
     for number, row in found:
         identical = not isinstance(row, Drop) and next(same)
         yield number, Drop.IDENTICAL if identical else row
@@ -155,7 +156,7 @@ def _without_identical(
 def _judged(
     row: Rendered, paired: bool, cfg: Mapping[str, Any], tokenizer: Any, seen: set[int] | None
 ) -> Drop | None:
-    prompt, *completions = row if paired else row[:2]
+    prompt, *completions = row[:3] if paired else row[:2]
     if not cfg.get("skip_prepare_dataset") and any(
         _too_long((prompt, completion), cfg, tokenizer) for completion in completions
     ):
@@ -190,15 +191,14 @@ def table(counts: Iterable[RowCounts]) -> str:
     mixed = any(c.taken is not None for c in counts)
     judged = any(c.counted for c in counts)
     paired = any(c.pairs is not None for c in counts)
-    kept = ["pairs"] if paired else ["responses", "positive", "negative"]
-    lines = [["dataset", "split", "rows"]]
-    lines[0] += ["taken"] * mixed + [*kept, *reasons] * judged
+    kept = (["pairs"] if paired else ["responses", "positive", "negative"]) * judged
+    lines = [["dataset", "split", "rows", *["taken"] * mixed, *kept, *reasons]]
     for c in counts:
         taken = [str(c.rows if c.taken is None else c.taken)]
         numbers = [c.pairs] if paired else [c.responses, c.positive, c.negative]
-        numbers += [c.dropped.get(r, 0) for r in reasons]
-        cells = [str(n) if c.counted else "-" for n in numbers]
-        lines.append([c.source, c.split, str(c.rows), *taken * mixed, *cells * judged])
+        cells = [str(n) if c.counted else "-" for n in numbers] * judged
+        cells += [str(c.dropped.get(r, 0)) if c.counted or r in c.dropped else "-" for r in reasons]
+        lines.append([c.source, c.split, str(c.rows), *taken * mixed, *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(

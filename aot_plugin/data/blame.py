@@ -6,7 +6,7 @@ do not fail, but would be trained on with a part missing or altered; these are f
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -65,7 +65,12 @@ def check_host_type(dataset: Dataset, entry: Any, cfg: Any) -> None:
         if turns:
             raise BadRow(f"{entry['path']}: `{turns[0]}` holds turns: {instead} in its entry")
         return
-    strategy = _strategy(DictDefault({**cfg, "datasets": [entry]}), kind, 0)
+    strategy, how = _loaded(DictDefault({**cfg, "datasets": [entry]}), kind, 0)
+    if entry.get("field_weight") and how.get("remove_columns") == "__all__":
+        raise BadRow(
+            f"{entry['path']}: type {_type_name(kind)} removes all columns of the rows, and with "
+            "them the weights; remove `field_weight`, or let the type name the columns"
+        )
     if strategy is None or not strategy.__module__.startswith("axolotl."):
         return  # the host reports why; or it is the user's own function, free to leave things out
     problem = first_unrepresented(dataset, strategy, texts)
@@ -143,10 +148,15 @@ def _type_name(kind: Any) -> str:
 
 
 def _strategy(cfg: Any, kind: Any, index: int) -> Callable[..., Any] | None:
+    return _loaded(cfg, kind, index)[0]
+
+
+def _loaded(cfg: Any, kind: Any, index: int) -> tuple[Callable[..., Any] | None, Mapping[str, Any]]:
+    """A type's function (None if it can't be loaded), and how the host maps rows with it."""
     load = load_kto if cfg["aot_mode"] == "unpaired" else load_dpo
     name = "user_defined.default" if isinstance(kind, DictDefault) else kind
     strategy = load(name, cfg, dataset_idx=index)
-    return strategy[0] if isinstance(strategy, tuple) else strategy
+    return strategy if isinstance(strategy, tuple) else (strategy, {})
 
 
 def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:

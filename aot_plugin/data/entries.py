@@ -80,12 +80,18 @@ def _resolve(
             options[key] = resolved
         else:
             own_module = _is_own_module(name, mode, at)
+            if where == "test_datasets" and "field_weight" in host_entry:
+                raise ValueError(
+                    f"`{at}.field_weight`: Axolotl drops the key from entries of `test_datasets` "
+                    "with types of its own; write `type: chat_template.default`, or hold rows of "
+                    "`datasets` out with `val_set_size`"
+                )
             _check_user_defined(name, mode, at)
         _build(schema(mode, own_module), host_entry, at)
         _check_repeats(host_entry, at, where, cfg)
         if where == "test_datasets" and (own_module or isinstance(name, Mapping)):
             _check_same_options(host_entry, index, cfg)
-        # The host's validation does not reduce `test_datasets:`.
+        # Of an entry of `test_datasets:` the host drops only keys that no class of its own has.
         rewritten.append(kept_by_host(host_entry, mode) if where == "datasets" else host_entry)
     return rewritten, options
 
@@ -181,6 +187,8 @@ def _check_user_defined(kind: Any, mode: str, at: str) -> None:
 
     known = (UserDefinedDPOType if mode == "paired" else UserDefinedKTOType).model_fields
     unknown = next((key for key in kind if key not in known), None)
+    if unknown == "field_weight":
+        raise ValueError(f"`{at}.type.field_weight` belongs into the entry, beside `type`")
     if unknown is not None:
         raise ValueError(
             f"`{at}.type.{unknown}` is not a key of a user-defined type; accepted are "

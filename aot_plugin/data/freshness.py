@@ -208,6 +208,12 @@ def _settings(cfg: Any, tokenizer: Any) -> dict[str, Any]:
         "axolotl": version("axolotl"),
         "the code of aot-plugin": digest([file_digest(file) for file in own]),
         "the order of `datasets`": [str(entry["path"]) for entry in entries],
+        # Of the host's types; those of ours are a part of the type's name.
+        "the `field_weight` of an entry": (
+            [entry.get("field_weight") for entry in entries]
+            if any(entry.get("field_weight") for entry in entries)
+            else None
+        ),
         "the tokenizer as it is loaded (`tokens`, `special_tokens`, revision)": digest(
             list(_behaviour(tokenizer))
         ),

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Loading(BaseModel):
-    """Keys that say where the rows are, and which of them are taken (``mixing.rows_taken``)."""
+    """Keys that say where the rows are, which of them are taken (``mixing.rows_taken``), and what
+    each weighs (``weights.weighed``)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -27,6 +28,7 @@ class _Loading(BaseModel):
     weight: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
     shards: int | None = Field(default=None, ge=1, strict=True)
     shards_idx: int | None = Field(default=None, ge=0, strict=True)
+    field_weight: str | None = Field(default=None, min_length=1, strict=True)
 
     @model_validator(mode="after")
     def _check_shards(self) -> "_Loading":
@@ -82,6 +84,8 @@ class _Kept(SFTDataset, DPODataset, KTODataset):
     not an instance of its SFT class to that class, which restricts the values of other keys
     (``weight`` is at most 1). It leaves an instance of both classes as it is.
     """
+
+    field_weight: str | None = None
 
 
 def kept_by_host(entry: Mapping[str, Any], mode: str) -> Any:

@@ -13,6 +13,7 @@ class Drop(StrEnum):
     IDENTICAL = "identical"
     OTHER_PROMPT = "other prompt"
     UNLABELED = "unlabeled"
+    WEIGHTLESS = "weight 0"
     BETWEEN = "between thresholds"
     TOO_LONG = "too long"
     DUPLICATE = "duplicate"

@@ -30,10 +30,12 @@ from transformers import HfArgumentParser
 
 from .accounting import RowCounts, check_labels, count_rows, table
 from .blame import BadRow, check_host_type, check_text, naming_the_row
+from .labels import Drop
 from .mixing import is_mixed, rows_taken
 from .rendering import save_rendering
 from .strategy import arranged
 from .tokens import COMPLETIONS, ids_columns, is_text
+from .weights import WEIGHT, weighed
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
@@ -87,6 +89,8 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
         if meta.eval_dataset is not None:
             meta.eval_dataset = _without_identical(meta.eval_dataset, "test")
     _refuse_empty(meta.train_dataset, cfg, "train")
+    for split, dataset in (("train", meta.train_dataset), ("test", meta.eval_dataset)):
+        _refuse_lost_weights(dataset, cfg, split)
     if unpaired:
         positive, negative = check_labels(meta.train_dataset)
         LOG.info("training on %d positive and %d negative rows", positive, negative)
@@ -95,7 +99,8 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
 
 def _log_counts(counts: list[RowCounts], mode: str) -> None:
     # For pairs with one of Axolotl's types, the host itself reports what it drops.
-    if any(entry.counted or entry.taken is not None for entry in counts) or mode == "unpaired":
+    said = any(entry.counted or entry.taken is not None or entry.dropped for entry in counts)
+    if said or mode == "unpaired":
         LOG.info("rows of the %s datasets:\n%s", mode, table(counts))
     for entry in counts:
         for warning in entry.warnings():
@@ -161,6 +166,8 @@ def _count_split(
         resolved = _resolved(entry, cfg)
         if resolved is None:
             counts.counted = False
+            if weightless := _weighed(dataset, entry, numbers)[1]:
+                counts.dropped = {Drop.WEIGHTLESS.value: weightless}
         else:
             count_rows(dataset, resolved, counts, cfg, tokenizer, seen, numbers)
         yield counts
@@ -205,10 +212,32 @@ def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kw
     The host's RL loader would read every row once, unchanged.
     """
     dataset = _all_rows(load(entry, *args, **kwargs))
-    if _resolved(entry, cfg) is None:
+    ours = _resolved(entry, cfg) is not None
+    if not ours:
         check_host_type(dataset, entry, cfg)
     check_text(dataset, entry)
-    return _taken(dataset, entry, cfg)[0]
+    dataset, numbers = _taken(dataset, entry, cfg)
+    return dataset if ours else _weighed(dataset, entry, numbers)[0]
+
+
+def _weighed(dataset: Dataset, entry: Any, numbers: np.ndarray | None) -> tuple[Dataset, int]:
+    try:
+        return weighed(dataset, entry, numbers)
+    except ValueError as error:
+        raise BadRow(str(error)) from None
+
+
+def _refuse_lost_weights(dataset: Dataset | None, cfg: Any, split: str) -> None:
+    """Raises BadRow if entries have ``field_weight`` and the prepared rows have no weights."""
+    if dataset is None or WEIGHT in dataset.column_names:
+        return
+    for entry in cfg.get(SPLITS[split]) or []:
+        resolved = _resolved(entry, cfg)
+        if (entry if resolved is None else resolved["options"]).get("field_weight"):
+            raise BadRow(
+                f"{entry['path']}: the weights (`field_weight`) are not in the prepared rows; its "
+                f"type {entry['type']} loses the column `{WEIGHT}`"
+            )
 
 
 def _hold_out(

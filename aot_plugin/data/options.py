@@ -25,6 +25,7 @@ class ConversationOptions(BaseModel):
     field_prompt: str = "prompt"
     field_system: str = "system"
     field_tools: str = "tools"
+    field_weight: str | None = Field(default=None, min_length=1)
     system_prompt: str | None = None
     message_property_mappings: dict[str, str] = Field(default_factory=dict)
     roles: dict[str, list[str]] = {

@@ -43,6 +43,7 @@ class Example:
         tools: definitions of the tools that the prompt offers.
         ignored_prompt: True if the row has a prompt of its own that is not part of the
             conversation.
+        weight: the row's relative mass in the loss.
     """
 
     prompt: list[Turn]
@@ -50,6 +51,7 @@ class Example:
     label: bool
     tools: list[dict[str, Any]] | None = None
     ignored_prompt: bool = dataclasses.field(default=False, compare=False)
+    weight: float = 1.0
 
 
 Outcome = Example | Drop

@@ -14,9 +14,11 @@ from .options import ConversationOptions, plain
 from .render import Renderer
 from .rows import PAIRED, Example, Outcome, PromptStrategy, Row, RowError
 from .tokens import COMPLETIONS, features, ids_columns, token_ids
+from .weights import WEIGHT, parse_weight
 
 Rendered = tuple[Any, ...]
-"""A prepared row without its token ids: prompt, completions and, if unpaired, the label."""
+"""A prepared row without its token ids: prompt, completions, if unpaired the label and, if the
+entry has ``field_weight``, the weight."""
 
 
 def strategies(mode: str = "unpaired") -> Mapping[str, PromptStrategy]:
@@ -46,10 +48,11 @@ def strategy_factory(mode: str, key: str) -> Callable[..., Any]:
 
     def factory(cfg: Mapping[str, Any], **_: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         resolved = cfg["aot_datasets"][key]
+        weighted = parsed_options(resolved).field_weight is not None
         return transform_for(cfg, resolved), {
             "batched": True,
             "remove_columns": "__all__",
-            "features": features(mode),
+            "features": features(mode, weighted),
         }
 
     return factory
@@ -62,7 +65,8 @@ def transform_for(cfg: Mapping[str, Any], resolved: Mapping[str, Any]) -> Callab
 
     # The closure holds plain data only, so that `datasets` finds a cached map by its hash.
     def transform(batch: Mapping[str, list[Any]], tokenizer: Any) -> dict[str, list[Any]]:
-        render = Renderer(template, parsed_options(resolved), tokenizer)
+        options = parsed_options(resolved)
+        render = Renderer(template, options, tokenizer)
         made = rendered(rows_of(batch), resolved, render)
         kept = [found for _, found in made if not isinstance(found, Drop)]
         ids = ids_of(kept, mode, tokenizer)
@@ -70,8 +74,9 @@ def transform_for(cfg: Mapping[str, Any], resolved: Mapping[str, Any]) -> Callab
             different = [chosen != rejected for _, chosen, rejected in ids]
             kept = list(itertools.compress(kept, different))
             ids = list(itertools.compress(ids, different))
-        texts = ["prompt", *COMPLETIONS[mode], *(["label"] if mode == "unpaired" else [])]
-        return {name: [row[i] for row in kept] for i, name in enumerate(texts)} | {
+        columns = ["prompt", *COMPLETIONS[mode], *(["label"] if mode == "unpaired" else [])]
+        columns += [WEIGHT] if options.field_weight else []
+        return {name: [row[i] for row in kept] for i, name in enumerate(columns)} | {
             name: [row[i] for row in ids] for i, name in enumerate(ids_columns(mode).values())
         }
 
@@ -120,7 +125,7 @@ def rows_of(batch: Mapping[str, list[Any]]) -> Iterator[Row]:
 def outcomes(
     rows: Iterable[Row], resolved: Mapping[str, Any], numbers: Iterable[int] | None = None
 ) -> Iterator[tuple[int | None, list[Outcome]]]:
-    """Applies an entry's strategy to rows.
+    """Applies an entry's strategy to rows. All responses of a row have the row's weight.
 
     Args:
         rows: rows of the dataset.
@@ -140,7 +145,16 @@ def outcomes(
     for number, row in zip(known, rows, strict=False):
         with _naming(resolved, number):
             found = list(strategy.examples(row, options))
+            if options.field_weight:
+                weight = parse_weight(row, options.field_weight)
+                found = [_with_weight(outcome, weight) for outcome in found]
         yield number, found
+
+
+def _with_weight(outcome: Outcome, weight: float) -> Outcome:
+    if isinstance(outcome, Drop):
+        return outcome
+    return replace(outcome, weight=weight) if weight else Drop.WEIGHTLESS
 
 
 def rendered(
@@ -163,16 +177,19 @@ def rendered(
         ValueError: as ``outcomes``; also if a row can't be rendered.
     """
     paired = mode_of(resolved) == "paired"
+    weighted = parsed_options(resolved).field_weight is not None
     for number, found in outcomes(rows, resolved, numbers):
         with _naming(resolved, number):
             for outcome in [_pair(found)] if paired else found:
                 if isinstance(outcome, Drop):
                     yield number, outcome
                 elif isinstance(outcome, Example):
-                    yield number, (*render(outcome), outcome.label)
+                    row: Rendered = (*render(outcome), outcome.label)
+                    yield number, (*row, outcome.weight) if weighted else row
                 else:
                     (prompt, chosen), (_, rejected) = map(render, outcome)
-                    yield number, (prompt, chosen, rejected)
+                    row = (prompt, chosen, rejected)
+                    yield number, (*row, outcome[0].weight) if weighted else row
 
 
 @contextlib.contextmanager

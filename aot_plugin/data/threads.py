@@ -14,8 +14,9 @@ Messages = Mapping[Any, Mapping[str, Any]]
 def threads(dataset: Dataset, options: ThreadsOptions) -> Dataset:
     """Builds one row per message that the assistant has answered.
 
-    The row holds the conversation up to the message, and the answers to it with their ranks. The
-    columns that the options name are held in memory.
+    The row holds the conversation up to the message, the answers to it with their ranks and, with
+    ``field_weight``, the message's weight under that name. The columns that the options name are
+    held in memory.
 
     Args:
         dataset: messages, in any order.
@@ -35,6 +36,7 @@ def threads(dataset: Dataset, options: ThreadsOptions) -> Dataset:
         "text": options.field_text,
         "role": options.field_role,
         "rank": options.field_rank,
+        **({"weight": options.field_weight} if options.field_weight else {}),
     }
     for option, column in columns.items():
         if column not in dataset.column_names:
@@ -53,12 +55,13 @@ def threads(dataset: Dataset, options: ThreadsOptions) -> Dataset:
     for message in messages.values():
         if message["role"] in options.roles["assistant"] and message["parent"] is not None:
             answers[message["parent"]].append({key: message[key] for key in ("text", "rank")})
-    return Dataset.from_dict(
-        {
-            "prompt": [_conversation(key, messages) for key in answers],
-            "replies": list(answers.values()),
-        }
-    )
+    rows = {
+        "prompt": [_conversation(key, messages) for key in answers],
+        "replies": list(answers.values()),
+    }
+    if options.field_weight:
+        rows[options.field_weight] = [messages.get(key, {}).get("weight", 0) for key in answers]
+    return Dataset.from_dict(rows)
 
 
 def _conversation(key: Any, messages: Messages) -> list[dict[str, Any]] | None:

@@ -14,6 +14,8 @@ from typing import Any
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
+from .weights import WEIGHT
+
 COMPLETIONS = {"paired": ("chosen", "rejected"), "unpaired": ("completion",)}
 """The columns of completions, by mode."""
 
@@ -30,13 +32,14 @@ def ids_columns(mode: str) -> dict[str, str]:
     return {f"{name}_ids": f"template_{name}_ids" for name in ("prompt", *COMPLETIONS[mode])}
 
 
-def features(mode: str) -> Features:
-    """Features of rows that we prepare: the columns that the host expects, and our token ids."""
+def features(mode: str, weighted: bool = False) -> Features:
+    """Features of rows that we prepare: the columns that the host expects, our token ids and, if
+    the rows have weights, those."""
     texts = {name: Value("string") for name in ("prompt", *COMPLETIONS[mode])}
     label = {"label": Value("bool")} if mode == "unpaired" else {}
-    return Features(
-        texts | label | {name: ListOf(Value("int32")) for name in ids_columns(mode).values()}
-    )
+    weight = {WEIGHT: Value("float64")} if weighted else {}
+    ids = {name: ListOf(Value("int32")) for name in ids_columns(mode).values()}
+    return Features(texts | label | weight | ids)
 
 
 def token_ids(

@@ -13,6 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+_SIDES = (
+    "positives and negatives each have total mass 1, so a factor on one side changes nothing; "
+    "weigh rows with `field_weight` in their `datasets:` entry"
+)
 _SFT = "Axolotl does it in supervised fine-tuning only; remove it"
 
 REFUSED: dict[str, str] = {
@@ -24,8 +28,8 @@ REFUSED: dict[str, str] = {
     "dpo_padding_free": "the step is regrouped by length anyway; remove it",
     "dpo_use_liger_kernel": "the LM head runs at completion tokens only anyway; remove it",
     "dpo_beta": "write `rl_beta`",
-    "kto_desirable_weight": "labels weigh by their counts in the step; remove it",
-    "kto_undesirable_weight": "labels weigh by their counts in the step; remove it",
+    "kto_desirable_weight": _SIDES,
+    "kto_undesirable_weight": _SIDES,
     "orpo_alpha": "it belongs to `rl: orpo`; remove it",
     "simpo_gamma": "it belongs to `rl: simpo`; remove it",
     "cpo_alpha": "it belongs to `rl: simpo`; remove it",
@@ -164,8 +168,8 @@ FOREIGN: dict[str, str] = {
     "sync_ref_model": _REFERENCE,
     "ref_model_mixup_alpha": _REFERENCE,
     "ref_model_sync_steps": _REFERENCE,
-    "desirable_weight": "labels weigh by their counts in the step; remove it",
-    "undesirable_weight": "labels weigh by their counts in the step; remove it",
+    "desirable_weight": _SIDES,
+    "undesirable_weight": _SIDES,
     "use_weighting": "sorted rows have no pair to weigh; remove it",
     "ld_alpha": "write `dpo_ld_alpha`",
     "padding_free": "the step is regrouped by length anyway; remove it",

@@ -23,6 +23,7 @@ from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..data import WEIGHT
 from ..digests import digest
 from .nodes import ask_each_node
 from .provenance import described, forward_pass
@@ -112,7 +113,7 @@ def refuse_unlike_rows(*datasets: Any) -> None:
     for dataset in datasets:
         for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
             if part is not None:
-                refuse_unlike_nodes("rows", ask_each_node(partial(rows_digest, part))[0])
+                refuse_unlike_nodes("rows", ask_each_node(partial(_rows_and_weights, part))[0])
 
 
 def reference_file(folder: Path, identity: Callable[[], Identity]) -> tuple[Path, bool]:
@@ -163,6 +164,11 @@ def rows_digest(dataset: Dataset) -> str:
     for part in _ids(dataset):
         found.update(part)
     return found.hexdigest()
+
+
+def _rows_and_weights(dataset: Dataset) -> str:
+    weights = dataset[WEIGHT][:] if WEIGHT in dataset.column_names else None
+    return digest([rows_digest(dataset), weights])
 
 
 def _ids(dataset: Dataset) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ from ..scoring.model_input import FIELDS, Batch
 from ..scoring.scorer import Scorer
 from ..scoring.settle import settle_layout
 from ..step.engine import MicroBatch
+from .row_weights import masses
 from .speed import in_ddp, may_retry
 
 
@@ -42,8 +43,7 @@ class ScoringMixin(Trainer):
     def _micro_batch(self, batch: Batch) -> MicroBatch:
         inputs, labels = self._sequences(batch), self._labels(batch)
         tokens = batch["completion_mask"][:, 1:].sum(dim=1)
-        mass = torch.ones(len(labels), dtype=torch.float64, device=labels.device)
-        return MicroBatch(inputs, labels, tokens, mass, self._cached_ref_logps(batch))
+        return MicroBatch(inputs, labels, tokens, masses(batch), self._cached_ref_logps(batch))
 
     @cached_property
     def _scorer(self) -> Scorer:

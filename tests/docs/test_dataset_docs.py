@@ -76,6 +76,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"messages": [user(), assistant(BAD)], "feedback": "thumbs_down"},
         {"messages": [user(), assistant("Well.")], "feedback": None},
     ],
+    "verified.jsonl": [
+        {"prompt": user()["content"], "completion": text, "label": label, "trust": trust}
+        for text, label, trust in ((GOOD, True, 2.5), (BAD, False, 1), ("Hm.", True, 0))
+    ],
     "ratings.jsonl": [
         {"prompt": user()["content"], "completion": text, "stars": stars}
         for text, stars in ((GOOD, 5), ("Hm.", 3), (BAD, 1))
@@ -305,6 +309,7 @@ negative, and a third one, if any, is dropped."""
 
 DROPPED = {
     "feedback.jsonl": {"unlabeled": 1},
+    "verified.jsonl": {"weight 0": 1},
     "ratings.jsonl": {"between thresholds": 1},
     "openbmb/UltraFeedback": {"between thresholds": 1},
     "nvidia/HelpSteer": {"between thresholds": 1},

@@ -90,7 +90,7 @@ def overridden() -> list[tuple[type, type, str]]:
 OVERRIDDEN = {
     *("compute_ref_log_probs", "_precompute_ref_logps", "_prepare_dataset", "compute_loss"),
     *("_prepare_inputs", "evaluation_loop", "get_batch_samples", "prediction_step"),
-    *("training_step", "_load_from_checkpoint"),
+    *("training_step", "_load_from_checkpoint", "_set_signature_columns_if_needed"),
 }
 
 

@@ -1,0 +1,80 @@
+"""Weights of rows on their way from the prepared column into a batch.
+
+TRL's collators build a batch out of the columns that they know. As with cached reference
+log-probabilities, a further one becomes a tensor of the batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+from torch import Tensor
+from transformers import Trainer
+
+from ..data import WEIGHT
+from ..ot.losses import LOSSES
+from ..scoring.model_input import Batch
+
+LOG = get_logger("axolotl.aot_plugin.weights")
+
+
+class WeighingCollator:
+    """A collator that adds the rows' weights, [rows] float64, to the batches of another one.
+
+    Args:
+        collate: TRL's collator.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Any]], Batch]) -> None:
+        self._collate = collate
+        self.pad_to_multiple_of = getattr(collate, "pad_to_multiple_of", None)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        batch = self._collate(rows)
+        if WEIGHT in rows[0]:
+            # Null in rows of entries without `field_weight`.
+            weights = [1.0 if row[WEIGHT] is None else row[WEIGHT] for row in rows]
+            batch[WEIGHT] = torch.tensor(weights, dtype=torch.float64)
+        return batch
+
+
+def masses(batch: Batch) -> Tensor:
+    """The mass of each sequence of a batch, [sequences] float64: the weight of its row, or 1."""
+    ids = batch["input_ids"]
+    if WEIGHT not in batch:
+        return torch.ones(len(ids), dtype=torch.float64, device=ids.device)
+    weights = batch[WEIGHT]
+    # If a row has several sequences, the batch consists of as many blocks, each with one sequence
+    # of every row.
+    return weights.repeat(len(ids) // len(weights))
+
+
+class RowWeightsMixin(Trainer):
+    """Takes the rows' weights into the batches of a trainer, if its datasets have any."""
+
+    args: Any
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: Any
+
+    def _read_weights(self) -> None:
+        """To be called when the trainer is built."""
+        evaluated = self.eval_dataset
+        parts = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
+        datasets = [part for part in (self.train_dataset, *parts) if part is not None]
+        if not any(WEIGHT in dataset.column_names for dataset in datasets):
+            return
+        self.data_collator: Any = WeighingCollator(self.data_collator)
+        LOG.info("the rows have weights (`field_weight`)")
+        if self.args.aot_loss not in LOSSES:
+            LOG.warning(
+                "the rows have weights (`field_weight`), which `aot_loss: %s` must read itself, as "
+                "`step.u_mass` and `step.v_mass` (docs/extending.md)",
+                self.args.aot_loss,
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if WEIGHT not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, WEIGHT]
