@@ -74,6 +74,14 @@ class AOTInputArgs(BaseModel):
             "description": "Assumed share s of flipped labels: (1-s) h(z) + s h(-z). Default 0."
         },
     )
+    aot_order: Literal["first", "second"] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Order of dominance. `first`: the penalty applies to the gaps between "
+            "quantiles; `second`: to their integrals from 0 to t, which puts the weight on the "
+            "worst responses. Default `first`."
+        },
+    )
     aot_score: Literal["sum", "mean"] | None = Field(
         default=None,
         json_schema_extra={
@@ -133,6 +141,7 @@ class AOTOptions:
     aot_sort: str = "hard"
     aot_sort_epsilon: float = 0.1
     aot_label_smoothing: float = 0.0
+    aot_order: str = "first"
     aot_score: str = "sum"
     aot_sft_weight: float = 0.0
     aot_batch: str = "step"

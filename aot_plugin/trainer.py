@@ -73,6 +73,7 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowWeightsMixin):
             sort=self.args.aot_sort,
             epsilon=self.args.aot_sort_epsilon,
             sft_weight=self.args.aot_sft_weight,
+            order=self.args.aot_order,
         )
         loss = lookup("aot_losses", "aot_loss", self.args.aot_loss)
         if self.args.aot_score == "mean":

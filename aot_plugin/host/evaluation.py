@@ -69,7 +69,7 @@ class EvaluationMixin(ScoringMixin):
         return None, per_row.contiguous(), torch.ones(len(per_row), device=per_row.device)
 
     def _step_metrics(self, step: StepLogps) -> dict[str, float]:
-        found = step_metrics(step, self.beta, self.args.aot_score)
+        found = step_metrics(step, self.beta, self.args.aot_score, self.args.aot_order)
         if self._excess_weight != 1:
             del found["aot/nll"]  # some tokens count less
         return found

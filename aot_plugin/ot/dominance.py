@@ -16,7 +16,8 @@ Only numpy is needed; the trainer calls `dominance_statistics` at every step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -198,8 +199,11 @@ def bootstrap_intervals(
     level: float = 0.95,
     u_mass: ArrayLike | None = None,
     v_mass: ArrayLike | None = None,
+    statistics: Callable[[Sample, Sample], Mapping[str, FloatArray]] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals of every key of `dominance_statistics`.
+    """Percentile bootstrap intervals of every key of `dominance_statistics`, or of ``statistics``.
+
+    The latter takes sorted samples, (..., n) and (..., m), and returns arrays of shape (...).
 
     paired=True: u[i] and v[i] belong to one row and rows are drawn with replacement, which keeps
     their dependence (n = m is required). paired=False: both samples are drawn independently.
@@ -217,9 +221,9 @@ def bootstrap_intervals(
     a, b = with_masses(u, u_mass, "u"), with_masses(v, v_mass, "v")
     if not 0.0 < level < 1.0:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
-    draws: dict[str, list[FloatArray]] = {key: [] for key in STATISTICS}
+    draws: defaultdict[str, list[FloatArray]] = defaultdict(list)
     for drawn in resampled(a, b, paired, n_resamples, seed):
-        for key, value in _statistics_of_sorted(*drawn).items():
+        for key, value in (statistics or _statistics_of_sorted)(*drawn).items():
             draws[key].append(np.atleast_1d(value))
     tails = ((1.0 - level) / 2.0, (1.0 + level) / 2.0)
     ends = {key: np.quantile(np.concatenate(values), tails) for key, values in draws.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .penalties import Penalty, smoothed
-from .transport import SortKind, transport_value
+from .transport import OrderKind, SortKind, transport_value
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ class LossOptions:
     sort: SortKind = "hard"
     epsilon: float = 0.1
     sft_weight: float = 0.0
+    order: OrderKind = "first"
 
 
 StepLoss = Callable[[StepLogps, LossOptions], Tensor]
@@ -194,6 +195,8 @@ StepLoss = Callable[[StepLogps, LossOptions], Tensor]
 def transport(step: StepLogps, options: LossOptions) -> Tensor:
     """AOT (arXiv 2406.05882): OT_h(U, V) with h the penalty. The paper's paired and unpaired forms
     differ only in what u and v are, which the step's own class says.
+
+    With ``options.order`` "second" the penalty applies to the integrated gaps.
 
     A step without positives or without negatives says nothing about dominance: its value is 0.
     """
@@ -209,6 +212,9 @@ def transport(step: StepLogps, options: LossOptions) -> Tensor:
         options.epsilon,
         step.u_mass,
         step.v_mass,
+        options.order,
+        # Of the squared hinge, and of its mirror image if labels are smoothed.
+        kinks=(options.beta, -options.beta),
     )
 
 

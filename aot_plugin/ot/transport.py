@@ -7,15 +7,18 @@ the masses, 1/n and 1/m where none are given, are matched along the merged grid 
 which is the north-west corner rule on sorted samples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .coupling import FloatArray, monotone_coupling
 
 SortKind = Literal["hard", "soft"]
+OrderKind = Literal["first", "second"]
 
 
 def soft_sort(x: Tensor, epsilon: float) -> Tensor:
@@ -59,8 +62,13 @@ def transport_value(
     epsilon: float = 0.1,
     u_mass: Tensor | None = None,
     v_mass: Tensor | None = None,
+    order: OrderKind = "first",
+    kinks: Sequence[float] = (),
 ) -> Tensor:
     """OT_h(U, V) = integral of h(Q_U(t) - Q_V(t)) dt for the samples u ([n]) and v ([m]).
+
+    Of second order (see ``second_order``): the integral of h(I(t)) dt, with the integrated gap I(t)
+    of Q_U - Q_V from 0 to t (``integral_over_lines``).
 
     Args:
         u: the sample that should dominate; float tensor, differentiable.
@@ -70,6 +78,8 @@ def transport_value(
         epsilon: regularization strength of the soft sort.
         u_mass: relative masses of u, [n]; None if all are equal. Only their ratios matter.
         v_mass: those of v, [m].
+        order: of dominance.
+        kinks: where the second derivative of h jumps; of use in second order.
 
     Returns:
         A scalar of u's dtype; its gradient is exact (sorting is differentiable almost everywhere).
@@ -90,7 +100,42 @@ def transport_value(
         coupling = monotone_coupling(len(u), len(v), *masses)
     arrays = (coupling.u_index, coupling.v_index, coupling.mass)
     i, j, mass = (torch.from_numpy(array).to(u.device) for array in arrays)
-    return (mass.to(u.dtype) * cost(u_sorted[i] - v_sorted[j])).sum()
+    mass, gap = mass.to(u.dtype), u_sorted[i] - v_sorted[j]
+    if order == "first":
+        return (mass * cost(gap)).sum()
+    grown = mass * gap
+    return (mass * integral_over_lines(grown.cumsum(0) - grown, grown, cost, kinks)).sum()
+
+
+def integral_over_lines(
+    start: Tensor, slope: Tensor, cost: Callable[[Tensor], Tensor], kinks: Sequence[float] = ()
+) -> Tensor:
+    """The integral of h(start + slope x) dx over x in (0, 1), for k lines.
+
+    By 8 Gauss-Legendre nodes between kinks: exact for piecewise polynomials up to degree 15
+    (squared hinge, least squares), and within rounding for an analytic h (logistic) as long as its
+    argument moves by a few units only.
+
+    Args:
+        start, slope: [k].
+        cost: h, elementwise.
+        kinks: where the second derivative of h jumps.
+
+    Returns:
+        [k].
+    """
+    nodes, weights = (
+        torch.as_tensor(array).to(start) for array in np.polynomial.legendre.leggauss(8)
+    )
+    # The ends of the parts need no gradient: what one part loses, its neighbour wins.
+    steep = torch.where(slope == 0, 1.0, slope).detach()
+    cuts = [((kink - start.detach()) / steep).clamp(0, 1) for kink in kinks]
+    ends = torch.stack([torch.zeros_like(start), *cuts, torch.ones_like(start)]).sort(dim=0).values
+    total = torch.zeros_like(start)
+    for left, right in pairwise(ends):
+        x = left[:, None] + (right - left)[:, None] * (1 + nodes) / 2
+        total = total + (right - left) / 2 * (cost(start[:, None] + slope[:, None] * x) @ weights)
+    return total
 
 
 def _in_order(mass: Tensor | None, order: Tensor) -> FloatArray | None:

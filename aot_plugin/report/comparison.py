@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..ot.dominance import bootstrap_intervals, dominance_statistics, quantile_curve
-from .plots import Panel, draw_gap, draw_quantiles, literal, new_figure
+from .plots import Panel, draw_gap, draw_integrated_gap, draw_quantiles, literal, new_figure
 from .scores import Scores
 
 if TYPE_CHECKING:
@@ -39,26 +39,27 @@ def _units(units: Iterable[str]) -> str:
 
 
 def side_by_side(names: Sequence[str], panels: Sequence[Panel], share_scale: bool) -> Figure:
-    """Draws one column per evaluation: its quantile functions and, below them, their gap.
+    """Draws one column per evaluation: its quantile functions, their gap and its integral.
 
     Args:
         names: titles of the columns.
         panels: samples of the columns.
         share_scale: True for the same vertical scale in all columns.
     """
-    figure = new_figure(4.6 * len(panels), 5.2)
+    figure = new_figure(4.6 * len(panels), 6.2)
     axes = figure.subplots(
-        2,
+        3,
         len(panels),
         squeeze=False,
         sharex=True,
         sharey="row" if share_scale else False,
-        gridspec_kw={"height_ratios": [3, 1]},
+        gridspec_kw={"height_ratios": [3, 1, 1]},
     )
     for column, (name, panel) in enumerate(zip(names, panels, strict=True)):
         title = literal("\n".join(wrap(name, _TITLE_WIDTH)))
         draw_quantiles(axes[0, column], panel._replace(title=title))
         draw_gap(axes[1, column], panel)
+        draw_integrated_gap(axes[2, column], panel)
     return figure
 
 

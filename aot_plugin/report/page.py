@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ..ot.second_order import STATISTICS
 from .comparison import Named, gaps, history, side_by_side
 from .plots import Panel, margins_panel, matplotlib_is_here, rewards_panel
 from .summary import summarize
@@ -69,6 +70,7 @@ def comparison_page(evaluations: Sequence[Named], n_resamples: int = 1000) -> st
         "negatives.</p>",
         _dominance_table(names, [summary["margins"] for summary in summaries]),
         *_plots(latest, names, _margins_or_logratios, share_scale=True),
+        _second_order_table(names, [summary["margins"] for summary in summaries]),
         "<h2>Rewards: chosen against rejected</h2>",
         "<p>Rewards are β·log(π/π_ref). Runs with different β have different scales.</p>",
         _dominance_table(names, [summary["rewards"] for summary in summaries]),
@@ -209,6 +211,21 @@ def _dominance_table(names: Sequence[str], comparisons: Sequence[Summary]) -> st
     return _table(head, names, rows)
 
 
+def _second_order_table(names: Sequence[str], comparisons: Sequence[Summary]) -> str:
+    head = ["violated share of t, 2nd order", "violation", "dominance", "p (H0: first dominates)"]
+    rows = []
+    for found in (comparison["second_order"] for comparison in comparisons):
+        cells = [
+            _with_interval(found["statistics"][key], found["intervals"][key], form)
+            for key, form in zip(STATISTICS, (".1%", ".4g", ".4g"), strict=True)
+        ]
+        test = found["test"]
+        rows.append(
+            [*cells, f"{_number(test['p_value'], '.3g')}<small>{_t(test['method'])}</small>"]
+        )
+    return _table(head, names, rows)
+
+
 def _length_table(names: Sequence[str], summaries: Sequence[Summary]) -> str:
     rows = []
     row_names = []
@@ -231,8 +248,10 @@ def _reading() -> str:
         "<b>violation</b> is the hatched area, <b>dominance</b> the grey one, <b>W1</b> their sum. "
         "<b>violation ratio</b>: the violating share of the squared Wasserstein-2 distance, with "
         "its one-sided 95 % upper limit; a limit below 0.5 says that the first sample is closer to "
-        "dominating than the second. <b>p</b>: a small value is evidence <em>against</em> "
-        "dominance; a large one is no proof of it. "
+        "dominating than the second. <b>2nd order</b>: the same of the gap integrated from 0 to t, "
+        "which compares the means of the worst shares t. "
+        "<b>p</b>: a small value is evidence <em>against</em> dominance; a large one is no proof "
+        "of it. "
         "<b>accuracy</b>: how often a chosen reward exceeds a rejected one, in its pair or over "
         "all pairs. <b>recoupled</b>: the share of pairs whose margins AOT compares with another "
         "row's; at 0 its loss is the pairwise one.</p>"

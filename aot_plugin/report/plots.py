@@ -17,6 +17,7 @@ import numpy as np
 
 from ..ot.coupling import FloatArray
 from ..ot.dominance import dominance_statistics, quantile_curve
+from ..ot.second_order import integrated_gap
 from .scores import Scores, write_atomically
 
 if TYPE_CHECKING:
@@ -141,6 +142,19 @@ def draw_gap(axes: Axes, panel: Panel) -> None:
     axes.stairs(x - y, levels, baseline=None, color="black", linewidth=1.0)
     axes.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_ylabel(f"gap [{panel.unit}]", fontsize=9)
+    _level_axis(axes)
+
+
+def draw_integrated_gap(axes: Axes, panel: Panel) -> None:
+    """Draws the gap integrated from 0 to t; below 0 the first sample doesn't dominate the second in
+    the second order."""
+    levels, integral = integrated_gap(panel.first, panel.second, *panel.masses)
+    for sign, style in ((1, DOMINANCE_STYLE), (-1, VIOLATION_STYLE)):
+        area = sign * np.maximum(sign * integral, 0.0)
+        axes.fill_between(levels, area, interpolate=True, **style)
+    axes.plot(levels, integral, color="black", linewidth=1.0)
+    axes.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_ylabel(f"integrated\n[{panel.unit}]", fontsize=9)
     axes.set_xlabel("quantile level t", fontsize=9)
     _level_axis(axes)
 
@@ -163,19 +177,21 @@ def _level_axis(axes: Axes) -> None:
 
 
 def draw_panels(panels: Sequence[Panel], title: str) -> Figure:
-    """Draws one column per panel: the quantile functions and, below them, their gap.
+    """Draws one column per panel: the quantile functions and, below them, their gap and its
+    integral.
 
     Raises:
         ImportError: without matplotlib.
         ValueError: if a sample is empty or not finite.
     """
-    figure = new_figure(5.2 * len(panels), 5.2)
+    figure = new_figure(5.2 * len(panels), 6.2)
     axes = figure.subplots(
-        2, len(panels), squeeze=False, sharex=True, gridspec_kw={"height_ratios": [3, 1]}
+        3, len(panels), squeeze=False, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]}
     )
     for column, panel in enumerate(panels):
         draw_quantiles(axes[0, column], panel)
         draw_gap(axes[1, column], panel)
+        draw_integrated_gap(axes[2, column], panel)
     figure.suptitle(literal(title), fontsize=10)
     return figure
 

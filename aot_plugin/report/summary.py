@@ -22,6 +22,7 @@ from ..ot.dominance import (
     with_masses,
 )
 from ..ot.order_tests import almost_dominance, dominance_test
+from ..ot.second_order import second_order_statistics, second_order_test, statistics_of_sorted
 from .scores import Scores, write_atomically
 
 LEVEL = 0.95
@@ -56,6 +57,8 @@ def summarize(scores: Scores, n_resamples: int = 1000, seed: int = 0) -> dict[st
           ``dominance_test``; H0: the first sample dominates; ``NO_TEST`` if masses differ),
           ``violation_ratio`` and its limit
           ``violation_ratio_upper`` (see ``almost_dominance``), ``first_mean`` and ``second_mean``
+          and ``second_order``: ``statistics`` (see ``second_order_statistics``), their
+          ``intervals`` and ``test``, the outcome of ``second_order_test``
         - ``accuracy``, ``accuracy_interval``: probability that a chosen reward exceeds a rejected
           one, with ties counted as one half, and its bootstrap interval. Paired: within the pairs.
           Unpaired: over all pairs of a positive with a negative (Mann and Whitney's U / (n m))
@@ -223,6 +226,13 @@ def _comparison(
         "test": dominance_test(*values, **options)._asdict() if alike else NO_TEST,
         "violation_ratio": almost.ratio,
         "violation_ratio_upper": almost.upper,
+        "second_order": {
+            "statistics": second_order_statistics(*values, *masses),
+            "intervals": bootstrap_intervals(
+                *values, **options, **bootstrap, statistics=statistics_of_sorted
+            ),
+            "test": second_order_test(*values, **options)._asdict() if alike else NO_TEST,
+        },
     }
 
 

@@ -11,9 +11,13 @@ from ..ot.losses import (
     compared,
     negative_log_likelihood,
 )
+from ..ot.second_order import second_order_statistics
+from ..ot.transport import OrderKind
 
 
-def step_metrics(step: StepLogps, beta: float, score: ScoreKind = "sum") -> dict[str, float]:
+def step_metrics(
+    step: StepLogps, beta: float, score: ScoreKind = "sum", order: OrderKind = "first"
+) -> dict[str, float]:
     """Dominance of U over V, the negative log-likelihood per token of chosen or positive responses,
     and the reward metrics that TRL's trainers log, all with the rows' masses.
 
@@ -22,6 +26,7 @@ def step_metrics(step: StepLogps, beta: float, score: ScoreKind = "sum") -> dict
         beta: reward = beta x logratio.
         score: what is compared, and so what dominance and rewards refer to: whole responses (nats)
             or their means (nats per token). ``logps/*`` are of whole responses in any case.
+        order: of dominance; "second" adds the statistics of second order.
 
     Raises:
         ValueError: if U or V is empty.
@@ -31,6 +36,8 @@ def step_metrics(step: StepLogps, beta: float, score: ScoreKind = "sum") -> dict
     arrays = u.cpu().numpy(), v.cpu().numpy()
     u_mass, v_mass = (None if m is None else m.cpu().numpy() for m in (step.u_mass, step.v_mass))
     stats = dominance_statistics(*arrays, u_mass, v_mass)
+    if order == "second":
+        stats |= second_order_statistics(*arrays, u_mass, v_mass)
     metrics = {f"aot/{name}": value for name, value in stats.items()}
     metrics["aot/nll"] = negative_log_likelihood(whole).item()
     if isinstance(step, PairedLogps):

@@ -131,7 +131,7 @@ def test_without_matplotlib_the_tables_remain(make_paired, monkeypatch):
     monkeypatch.setattr(page, "matplotlib_is_here", lambda: False)
     checker = checked(comparison_page([Named("a", make_paired())], n_resamples=20))
     assert not [tag for tag, _ in checker.tags if tag == "img"]
-    assert len([row for row in checker.rows if "a ·" in row[0]]) == 5
+    assert len([row for row in checker.rows if "a ·" in row[0]]) == 6
 
 
 def test_an_evaluation_without_statistics_is_named(make_unpaired):

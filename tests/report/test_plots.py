@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from aot_plugin.ot.dominance import dominance_statistics, quantile_curve
+from aot_plugin.ot.second_order import integrated_gap, second_order_statistics
 from aot_plugin.report import plots
 from aot_plugin.report.scores import Scores
 
@@ -39,7 +40,7 @@ def test_curves_are_the_quantile_functions(which, make_paired, make_unpaired):
     ]
     if which == "paired":
         expected.append((scores.u, scores.v, "policy", "reference"))
-    assert len(axes) == 2 * len(expected)
+    assert len(axes) == 3 * len(expected)
     for column, (first, second, first_name, second_name) in enumerate(expected):
         levels, x, y = quantile_curve(first, second)
         for name, curve in ((first_name, x), (second_name, y)):
@@ -48,6 +49,8 @@ def test_curves_are_the_quantile_functions(which, make_paired, make_unpaired):
             np.testing.assert_array_equal(steps.values, curve)
         gap = axes[len(expected) + column].patches[0].get_data()
         np.testing.assert_array_equal(gap.values, x - y)
+        integral = axes[2 * len(expected) + column].lines[0].get_xydata()
+        np.testing.assert_array_equal(integral.T, integrated_gap(first, second))
 
 
 def test_shaded_areas_are_the_amounts(make_paired):
@@ -64,6 +67,10 @@ def test_shaded_areas_are_the_amounts(make_paired):
             assert area(hatched) == pytest.approx(found["violation_amount"], rel=1e-9)
             assert area(plain) == pytest.approx(found["dominance_amount"], rel=1e-9)
         assert found["violation_amount"] > 0
+        found, collections = second_order_statistics(u, v), figure.axes[4 + column].collections
+        for hatched, key in ((True, "violation_amount"), (False, "dominance_amount")):
+            drawn = [c for c in collections if bool(c.get_hatch()) == hatched]
+            assert area(drawn) == pytest.approx(found[f"second_order_{key}"], rel=1e-9, abs=1e-12)
 
 
 def test_a_plot_says_what_it_shows(make_paired, make_unpaired):
@@ -71,7 +78,7 @@ def test_a_plot_says_what_it_shows(make_paired, make_unpaired):
     assert figure.get_suptitle() == r"eval_\$held\$_out, step 20, n = 60 pairs"
     for axes in figure.axes[:2]:
         assert "[nats]" in axes.get_ylabel()
-    for axes in figure.axes[2:]:
+    for axes in figure.axes[4:]:
         assert axes.get_xlabel() == "quantile level t"
     statistics = dominance_statistics(make_paired().u, make_paired().v)
     assert f"W1 {statistics['w1']:.3g}" in figure.axes[1].get_title("left")

@@ -9,6 +9,7 @@ from scipy.stats import mannwhitneyu
 
 from aot_plugin.ot.dominance import bootstrap_intervals, dominance_statistics
 from aot_plugin.ot.order_tests import almost_dominance, dominance_test
+from aot_plugin.ot.second_order import second_order_statistics, second_order_test
 from aot_plugin.report.scores import Scores
 from aot_plugin.report.summary import (
     accuracy,
@@ -25,18 +26,23 @@ def test_every_number_is_the_one_of_its_function(mode, make_paired, make_unpaire
     scores = make_paired() if mode == "paired" else make_unpaired()
     options = {"paired": mode == "paired", "n_resamples": 50, "seed": 3}
     found = summarize(scores, n_resamples=50, seed=3)
-    for key, first, second in [
+    for key, first, other in [
         ("margins", scores.u, scores.v),
         ("rewards", scores.chosen_rewards, scores.rejected_rewards),
     ]:
         part = found[key]
-        assert part["statistics"] == dominance_statistics(first, second)
-        intervals = bootstrap_intervals(first, second, **options)
+        assert part["statistics"] == dominance_statistics(first, other)
+        intervals = bootstrap_intervals(first, other, **options)
         assert {name: tuple(ends) for name, ends in part["intervals"].items()} == intervals
-        assert tuple(part["test"].values()) == dominance_test(first, second, **options)
-        almost = almost_dominance(first, second, **options)
+        assert tuple(part["test"].values()) == dominance_test(first, other, **options)
+        almost = almost_dominance(first, other, **options)
         assert (part["violation_ratio"], part["violation_ratio_upper"]) == almost
-        assert (part["first_mean"], part["second_mean"]) == (first.mean(), second.mean())
+        second = part["second_order"]
+        assert second["statistics"] == second_order_statistics(first, other)
+        assert tuple(second["test"].values()) == second_order_test(first, other, **options)
+        for name, (low, high) in second["intervals"].items():
+            assert low <= high and name in second["statistics"]
+        assert (part["first_mean"], part["second_mean"]) == (first.mean(), other.mean())
     assert found["n_chosen"] + found["n_rejected"] == (120 if mode == "paired" else 60)
     assert (found["recoupled_fraction"] is None) == (mode == "unpaired")
     assert found["length"]["chosen"] == length_bias(scores.chosen_rewards, scores.chosen_tokens)
