@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .data import WEIGHT, is_text, prepare_tokens
 from .host.adapters import policy_to_start_from, refuse_another_start, save_adapter_only
 from .host.checks import refuse_inexact
+from .host.images import ImageCollator
 from .host.loaded_models import loaded_after
 from .host.model_card import PAPER
 from .host.nodes import let_each_node_save
@@ -47,7 +48,6 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowWeightsMixin):
     # Set by TRL's trainers in their constructors.
     aux_loss_enabled: bool
     router_aux_loss_coef: float
-    _is_vision_dataset: bool
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         new_adapter = kwargs.get("peft_config")
@@ -55,8 +55,10 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowWeightsMixin):
         model, kwargs["peft_config"] = policy_to_start_from(model, new_adapter)
         super().__init__(model, *args, **kwargs)
         self._settle_reference()
-        self._read_weights()
         save_adapter_only(self.model, self.args)
+        if self._is_vision_dataset:
+            self.data_collator = ImageCollator(self.data_collator, self.args.max_length)
+        self._read_weights()
         refuse_inexact(self)
         refuse_uneven_ranks(self.accelerator)
         refuse_unlike_rows(self.train_dataset, self.eval_dataset)

@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
+from .images import read
 from .labels import Drop
 from .options import plain
 from .render import Renderer
@@ -93,6 +94,7 @@ def count_rows(
     tokenizer: Any,
     seen: set[int] | None = None,
     numbers: Sequence[int] | np.ndarray | None = None,
+    images: Sequence[int] | None = None,
 ) -> RowCounts:
     """Counts the kept and dropped rows of an entry.
 
@@ -104,6 +106,8 @@ def count_rows(
         tokenizer: the run's tokenizer.
         seen: hashes of the examples counted so far, updated; None if duplicates are kept.
         numbers: the rows' numbers in their file, for messages; default 0, 1, 2, ...
+        images: the rows' numbers of images; None for text. Rows with images are not judged by their
+            length, and duplicates are kept.
 
     Returns:
         ``counts``.
@@ -119,12 +123,18 @@ def count_rows(
     counts.pairs = 0 if paired else None
     bar = tqdm(total=len(dataset), desc=f"Checking {counts.source}", unit=" rows", leave=False)
     for start in range(0, len(dataset), BATCH):
-        batch = rows_of(dataset[start : start + BATCH])
-        found = list(rendered(batch, resolved, render, numbers[start : start + BATCH]))
-        if paired:
-            found = list(_without_identical(found, tokenizer))
+        window = slice(start, start + BATCH)
+        if images is not None:
+            part = dataset.select(range(*window.indices(len(dataset))))
+            found = list(read(part, resolved, numbers[window], images[window]))
+        else:
+            found = list(rendered(rows_of(dataset[window]), resolved, render, numbers[window]))
+            if paired:
+                found = list(_without_identical(found, tokenizer))
         for number, row in found:
-            outcome = row if isinstance(row, Drop) else _judged(row, paired, cfg, tokenizer, seen)
+            outcome = row
+            if images is None and not isinstance(row, Drop):
+                outcome = _judged(row, paired, cfg, tokenizer, seen)
             if isinstance(outcome, Drop):
                 dropped[outcome.value] += 1
                 named = counts.named.setdefault(outcome.value, []) if outcome in FAULTS else []

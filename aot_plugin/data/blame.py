@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from axolotl.loaders import load_tokenizer
 from axolotl.prompt_strategies.dpo import load as load_dpo
 from axolotl.prompt_strategies.kto import load as load_kto
@@ -24,7 +23,6 @@ from .options import ConversationOptions
 
 LOG = get_logger("axolotl.aot_plugin.data")
 TOOLS = ConversationOptions.model_fields["field_tools"].default
-IMAGES = ("image", "images")
 TEXTS = {"paired": ("prompt", "chosen", "rejected"), "unpaired": ("prompt", "completion")}
 """The columns that a strategy of the host must produce, each with non-empty text."""
 
@@ -87,25 +85,6 @@ def check_host_type(dataset: Dataset, entry: Any, cfg: Any) -> None:
             entry["path"],
             TOOLS,
         )
-
-
-def check_text(dataset: Dataset, entry: Any) -> None:
-    """Checks that there are no images: `rl: aot` trains on text, and would drop them silently.
-
-    Raises:
-        BadRow: if a column holds images.
-    """
-    for name in IMAGES:
-        if name not in dataset.column_names:
-            continue
-        column = dataset.data.column(name)
-        lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-        count = pc.sum(pc.list_value_length(column)).as_py() if lists else column.length()
-        if count and column.null_count < column.length():
-            raise BadRow(
-                f"{entry['path']}: the column `{name}` holds images, and `rl: aot` trains on text; "
-                "remove it, or the rows"
-            )
 
 
 def _holds_turns(dataset: Dataset, name: str) -> bool:

@@ -29,11 +29,12 @@ from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser
 
 from .accounting import RowCounts, check_labels, count_rows, table
-from .blame import BadRow, check_host_type, check_text, naming_the_row
+from .blame import BadRow, check_host_type, naming_the_row
+from .images import check_images, has_images, with_turns
 from .labels import Drop
 from .mixing import is_mixed, rows_taken
 from .rendering import save_rendering
-from .strategy import arranged
+from .strategy import arranged, transform_for
 from .tokens import COMPLETIONS, ids_columns, is_text
 from .weights import WEIGHT, weighed
 
@@ -71,6 +72,7 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
     with (
         naming_the_row(cfg),
         _replaced(rl, "load_dataset_with_config", partial(_load_taken, cfg)),
+        _replaced(rl, "_map_dataset", _map_rows),
         _replaced(rl, "create_train_validation_split", _hold_out),
         _replaced(rl, "save_preprocessed_dataset", _save_rows),
         _replaced(common, "check_dataset_labels", _show_labels),
@@ -82,7 +84,11 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
         meta = load_preference_datasets(cfg=cfg, cli_args=_flags(preprocess))
     for path, stored in counts.items():
         _store(path, stored)
-    if tokenizer is not None and not preprocess:
+    images = has_images(meta.train_dataset)
+    if images:
+        _refuse_keys_of_text(cfg)
+    _refuse_other_images(images, meta.eval_dataset)
+    if tokenizer is not None and not preprocess and not images:
         save_rendering(cfg, tokenizer)
     if not unpaired:
         meta.train_dataset = _without_identical(meta.train_dataset, "train")
@@ -107,18 +113,49 @@ def _log_counts(counts: list[RowCounts], mode: str) -> None:
             LOG.warning("%s", warning)
 
 
+def _refuse_keys_of_text(cfg: Any) -> None:
+    """Raises BadRow for keys that can't act on rows with images, which are rendered and tokenized
+    when they are collated."""
+    refused = {}
+    if cfg.chat_template_kwargs:
+        refused["chat_template_kwargs"] = "TRL's collator passes none to the template"
+    if cfg.precompute_ref_log_probs:
+        refused["precompute_ref_log_probs: true"] = "the reference is scored in each step"
+    if (cfg.excess_length_strategy or "").lower() == "raise":
+        refused["excess_length_strategy: raise"] = (
+            "a row longer than `sequence_len` is cut, with a warning"
+        )
+    if refused:
+        keys = "; ".join(f"`{key}`: {instead}" for key, instead in refused.items())
+        raise BadRow(f"rows with images are rendered and tokenized in each step; remove {keys}")
+
+
+def _refuse_other_images(images: bool, held_out: Dataset | None) -> None:
+    """Raises BadRow if only the training rows, or only the held-out ones, have images: the host has
+    one collator for both."""
+    if held_out is not None and images != has_images(held_out):
+        with_, without = ("datasets", "test_datasets")[:: 1 if images else -1]
+        raise BadRow(
+            f"the rows of `{with_}` have images and those of `{without}` have none; give both some"
+        )
+
+
 def _without_identical(dataset: Dataset, split: str) -> Dataset:
-    """Drops pairs of Axolotl's types whose chosen and rejected texts are equal.
+    """Drops pairs of Axolotl's types whose chosen and rejected responses are equal.
 
     Those of our types have been dropped before.
     """
-    if not is_text(dataset, "paired"):
+    if is_text(dataset, "paired"):
+        chosen, rejected = (dataset.with_format("arrow")[name] for name in COMPLETIONS["paired"])
+        same = pc.equal(chosen, rejected).to_numpy(zero_copy_only=False)
+    elif has_images(dataset):
+        pairs = zip(*(dataset[name] for name in COMPLETIONS["paired"]), strict=True)
+        same = np.array([chosen == rejected for chosen, rejected in pairs])
+    else:
         return dataset
-    chosen, rejected = (dataset.with_format("arrow")[name] for name in COMPLETIONS["paired"])
-    same = pc.equal(chosen, rejected).to_numpy(zero_copy_only=False)
     if not same.any():
         return dataset
-    examples = [dataset[int(n)]["prompt"][-80:] for n in same.nonzero()[0][:3]]
+    examples = [str(dataset[int(n)]["prompt"])[-80:] for n in same.nonzero()[0][:3]]
     LOG.warning(
         "%d pairs of the %s datasets have the same text chosen and rejected, and are dropped; the "
         "prompts of the first end in %s",
@@ -163,13 +200,14 @@ def _count_split(
         dataset, numbers = _taken(dataset, entry, cfg)
         if numbers is not None:
             counts.taken = len(dataset)
+        images = check_images(dataset, entry["path"], numbers) if has_images(dataset) else None
         resolved = _resolved(entry, cfg)
         if resolved is None:
             counts.counted = False
             if weightless := _weighed(dataset, entry, numbers)[1]:
                 counts.dropped = {Drop.WEIGHTLESS.value: weightless}
         else:
-            count_rows(dataset, resolved, counts, cfg, tokenizer, seen, numbers)
+            count_rows(dataset, resolved, counts, cfg, tokenizer, seen, numbers, images)
         yield counts
 
 
@@ -185,7 +223,12 @@ def _taken(dataset: Dataset, entry: Any, cfg: Any) -> tuple[Dataset, np.ndarray 
     """The rows that an entry's type reads, and their numbers; None if every row is taken once."""
     resolved = _resolved(entry, cfg)
     if resolved is not None:
-        dataset = arranged(dataset, resolved)
+        images, dataset = has_images(dataset), arranged(dataset, resolved)
+        if images and not has_images(dataset):
+            raise BadRow(
+                f"{entry['path']}: there is a column of images, which `type: "
+                f"{resolved['strategy']}` does not read; remove the column, or choose another type"
+            )
     if not is_mixed(entry):
         return dataset, None
     numbers = rows_taken(len(dataset), entry, _seed(cfg))
@@ -211,13 +254,14 @@ def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kw
 
     The host's RL loader would read every row once, unchanged.
     """
-    dataset = _all_rows(load(entry, *args, **kwargs))
-    ours = _resolved(entry, cfg) is not None
-    if not ours:
+    dataset, resolved = _all_rows(load(entry, *args, **kwargs)), _resolved(entry, cfg)
+    # Rows of turns with images need no type: TRL's collator reads them as they are.
+    if resolved is None and (entry.get("type") or not has_images(dataset)):
         check_host_type(dataset, entry, cfg)
-    check_text(dataset, entry)
     dataset, numbers = _taken(dataset, entry, cfg)
-    return dataset if ours else _weighed(dataset, entry, numbers)[0]
+    if resolved is None:
+        return _weighed(dataset, entry, numbers)[0]
+    return with_turns(dataset, resolved) if has_images(dataset) else dataset
 
 
 def _weighed(dataset: Dataset, entry: Any, numbers: np.ndarray | None) -> tuple[Dataset, int]:
@@ -238,6 +282,17 @@ def _refuse_lost_weights(dataset: Dataset | None, cfg: Any, split: str) -> None:
                 f"{entry['path']}: the weights (`field_weight`) are not in the prepared rows; its "
                 f"type {entry['type']} loses the column `{WEIGHT}`"
             )
+
+
+def _map_rows(prepare: Callable[..., Any], cfg: Any, dataset: Any, *args: Any, **keys: Any) -> Any:
+    """The host's application of a type to loaded rows.
+
+    Those with images, of a type of ours, are prepared already.
+    """
+    transform = args[0]
+    if transform.__module__ == transform_for.__module__ and has_images(dataset):
+        return dataset
+    return prepare(cfg, dataset, *args, **keys)
 
 
 def _hold_out(

@@ -443,7 +443,9 @@ def _text(content: Any) -> str:
         kind = part.get("type", "text") if isinstance(part, Mapping) else None
         text = part if isinstance(part, str) else part.get("text") if kind == "text" else None
         if not isinstance(text, str):
-            raise RowError(f"{_short(part)} is not a part with text; `rl: aot` trains on text")
+            raise RowError(
+                f"{_short(part)} is not a part with text; images belong into a column `images`"
+            )
         texts.append(text)
     return "".join(texts)
 

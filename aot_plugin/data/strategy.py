@@ -160,7 +160,7 @@ def _with_weight(outcome: Outcome, weight: float) -> Outcome:
 def rendered(
     rows: Iterable[Row],
     resolved: Mapping[str, Any],
-    render: Renderer,
+    render: Callable[[Example], tuple[Any, Any]],
     numbers: Iterable[int] | None = None,
 ) -> Iterator[tuple[int | None, Rendered | Drop]]:
     """Applies an entry's strategy and its chat template to rows.

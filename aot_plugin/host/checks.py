@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..scoring.model_input import Batch
+from ..scoring.model_input import FIELDS, MORE, Batch
 from ..scoring.scorer import Scorer
 from ..step.engine import MicroBatch
 
@@ -44,8 +44,8 @@ class FirstScores:
         scores: as the step computes them.
         again: with the random generators in the same state; any difference is noise.
         other: with the random generators in another state.
-        elsewhere: in another layout (more padding, prompts not shared), with the output of every
-            module perturbed at random; any difference is rounding.
+        elsewhere: in another layout (more padding unless there are images, prompts not shared),
+            with the output of every module perturbed at random; any difference is rounding.
         tokens: numbers of completion tokens, [sequences].
         eps: machine epsilon of the coarsest floating-point type in use.
     """
@@ -177,8 +177,6 @@ def refuse_inexact(trainer: Any) -> None:
     Args:
         trainer: one of our trainers, after its construction.
     """
-    if trainer._is_vision_dataset:
-        raise ValueError("`rl: aot` trains on text; the data set has an image column")
     model, whole_step = trainer.model, trainer.args.aot_batch == "step"
     if whole_step and (part := random_part(model)):
         what, advice = part
@@ -367,8 +365,9 @@ def _longest(model: nn.Module) -> int | None:
 
 
 def _wider(batch: Batch, *limits: int | None) -> Batch:
-    """The batch with more padding, up to the widths in ``limits``."""
-    names = ("input_ids", "attention_mask", "completion_mask")
+    """The batch with more padding, up to the widths in ``limits``; as it is, if it has images."""
+    if MORE in batch:
+        return batch
     room = [limit - batch["input_ids"].shape[1] for limit in limits if limit is not None]
     more = max(min(WIDER, *room), 0) if room else WIDER
-    return {name: F.pad(batch[name], (0, more)) for name in names}
+    return {name: F.pad(batch[name], (0, more)) for name in FIELDS}

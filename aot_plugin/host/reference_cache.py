@@ -10,6 +10,7 @@ compute.
 """
 
 import hashlib
+import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..data import WEIGHT
+from ..data.images import COLUMNS
 from ..digests import digest
 from .nodes import ask_each_node
 from .provenance import described, forward_pass
@@ -159,7 +161,8 @@ def _weights_digest(model: nn.Module, counts: Callable[[str], bool]) -> str | No
 
 
 def rows_digest(dataset: Dataset) -> str:
-    """SHA-256 of the token ids of all rows, in their order."""
+    """SHA-256 of the token ids of all rows, in their order; of the turns of rows with images, which
+    have no ids yet."""
     found = hashlib.sha256()
     for part in _ids(dataset):
         found.update(part)
@@ -173,6 +176,10 @@ def _rows_and_weights(dataset: Dataset) -> str:
 
 def _ids(dataset: Dataset) -> Iterator[bytes]:
     names = sorted(name for name in dataset.column_names if name.endswith("_ids"))
+    if not names:
+        turns = dataset.select_columns([n for n in dataset.column_names if n not in COLUMNS])
+        yield from (json.dumps(row, default=str).encode() for row in turns)
+        return
     rows = dataset.select_columns(names).with_format("arrow")
     for batch in rows.iter(batch_size=ROWS_AT_ONCE):
         for name in names:

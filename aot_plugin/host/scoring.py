@@ -11,7 +11,7 @@ from transformers import Trainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from ..scoring.model_input import FIELDS, Batch
+from ..scoring.model_input import FIELDS, MORE, Batch
 from ..scoring.scorer import Scorer
 from ..scoring.settle import settle_layout
 from ..step.engine import MicroBatch
@@ -25,6 +25,7 @@ class ScoringMixin(Trainer):
     args: Any
     model: Any
     ref_model: nn.Module | None
+    _is_vision_dataset: bool  # set by TRL
     _is_constructed = False
     _is_random = False
 
@@ -37,8 +38,8 @@ class ScoringMixin(Trainer):
         raise NotImplementedError
 
     def _sequences(self, batch: Batch) -> Batch:
-        """Token ids and masks of a collated batch."""
-        return {name: batch[name] for name in FIELDS}
+        """Token ids and masks of a collated batch, and what belongs to images."""
+        return {name: batch[name] for name in (*FIELDS, MORE) if name in batch}
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
         inputs, labels = self._sequences(batch), self._labels(batch)
@@ -62,6 +63,7 @@ class ScoringMixin(Trainer):
                 checkpointing=self.args.gradient_checkpointing,
                 regrouped=self.args.aot_batch == "step",
                 multiple=self._pad_to_multiple_of,
+                images=self._is_vision_dataset,
             ),
             with_gradient=self.compute_loss_context_manager,
             without_gradient=self._without_gradient,

@@ -72,12 +72,12 @@ def _are_equal(mass: FloatArray | None) -> bool:
 def _cumulated(n: int, mass: FloatArray | None) -> FloatArray:
     """Cumulated masses in a unit in which they are exact if they can be, (n,)."""
     if mass is None or _are_equal(mass):
-        return np.arange(1.0, n + 1.0)
+        return np.arange(1, n + 1, dtype=np.float64)
     if not (np.isfinite(mass).all() and (mass >= 0.0).all() and mass.max() > 0.0):
         raise ValueError("masses must be finite, at least 0 and not all 0")
     # A power of two: nothing is rounded, and no product of two totals overflows.
-    unit = -int(np.frexp(mass.max())[1])
-    return np.asarray(np.cumsum(np.ldexp(mass, unit)), dtype=np.float64)
+    scaled: FloatArray = np.ldexp(mass, -int(np.frexp(mass.max())[1]))
+    return np.cumsum(scaled)
 
 
 def _of_equal_masses(n: int, m: int) -> MonotoneCoupling:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.accounting import FAULTS
+from ..data.images import COLUMNS
 from ..data.labels import Drop, parse_label
 from ..data.options import ConversationOptions
 from ..data.render import Renderer
@@ -53,6 +54,11 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[Mode, list[Row]]:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: not an object; {_SHAPES}")
+        if any(row.get(name) for name in COLUMNS):
+            raise ValueError(
+                f"{path}, line {number}: rows with images can't be scored here; compare the runs' "
+                "own evaluations"
+            )
         mode = _mode_of(row)
         if mode is None:
             raise ValueError(f"{path}, line {number}: found keys {sorted(row)}; {_SHAPES}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .logps import sequence_logps, weighted_logps_sum
-from .model_input import FIELDS, Batch, ModelInput, padded_rows
+from .model_input import FIELDS, Batch, ModelInput, is_divisible, padded_rows
 from .settle import Settled
 
 LOG = logging.getLogger(f"axolotl.{__name__}")
@@ -162,7 +162,7 @@ class Scorer:
             try:
                 return score(batch)
             except torch.OutOfMemoryError:
-                if len(batch["input_ids"]) == 1 or not self._may_retry():
+                if not (is_divisible(batch) and self._may_retry()):
                     raise
             # Only now, since the exception held the tensors of the failed pass.
             free_memory()
@@ -175,7 +175,7 @@ class Scorer:
                     width,
                 )
             self._most = padded_tokens(batch) - 1
-        if len(batch["input_ids"]) == 1:
+        if not is_divisible(batch):
             return score(batch)
         return torch.cat([self._that_fits(score, half) for half in halved(batch)])
 
@@ -186,7 +186,7 @@ def padded_tokens(batch: Batch) -> int:
 
 
 def halved(batch: Batch) -> list[Batch]:
-    """The sequences of a batch in two batches."""
+    """The sequences of a batch that ``is_divisible`` in two batches."""
     middle = len(batch["input_ids"]) // 2
     return [
         {name: batch[name][part] for name in FIELDS}

@@ -37,6 +37,7 @@ def settle_layout(
     checkpointing: bool,
     regrouped: bool,
     multiple: int = 1,
+    images: bool = False,
 ) -> Settled:
     """Probes the layouts that the model's config permits, and returns the best one that is exact.
 
@@ -47,6 +48,8 @@ def settle_layout(
         checkpointing: whether layers forget what they computed until the backward pass.
         regrouped: whether sequences are regrouped, so that a step is exact over micro-batches.
         multiple: what the width of padded rows is rounded up to.
+        images: whether rows have images. They are scored in the host's micro-batches; the probe's
+            rows have none.
 
     Raises:
         ValueError: if ``regrouped``, and a sequence's log-probabilities depend on the others in its
@@ -55,7 +58,11 @@ def settle_layout(
     if regrouped:
         refuse_rope_of_the_longest_row(unwrapped.config.get_text_config(), longest)
     backend = unwrapped.config._attn_implementation
-    layouts, why_not = possible_layouts(unwrapped, longest, device, checkpointing, multiple)
+    layouts, why_not = (
+        ([], "rows with images are scored as they come")
+        if images
+        else possible_layouts(unwrapped, longest, device, checkpointing, multiple)
+    )
     found = probe(model, unwrapped, longest, device, layouts)
     *failed, last = found.why_not() or [why_not]
     layout = layouts[len(failed)] if last is None else PADDED

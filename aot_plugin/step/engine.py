@@ -17,7 +17,7 @@ micro-batch with ``aot_batch: micro_batch``, where each one is a transport probl
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..ot.losses import LossOptions, PairedLogps, StepLogps, StepLoss, UnpairedLogps
 from ..scoring.batching import Sequences
-from ..scoring.model_input import Batch
+from ..scoring.model_input import MORE, Batch, is_divisible
 from ..scoring.scorer import Scorer, free_memory, halved, padded_tokens
 from .budget import (
     CARRIES,
@@ -52,7 +52,7 @@ class MicroBatch:
     """Sequences that the host collated into one batch.
 
     Attributes:
-        inputs: token ids and masks.
+        inputs: token ids and masks, and what belongs to images.
         is_positive: [sequences] bool; True for a chosen (paired) or positive (unpaired) sequence.
         tokens: [sequences] int64; completion tokens.
         mass: [sequences] float64; relative mass in the loss, the same for the sequences of a row,
@@ -240,7 +240,7 @@ class StepEngine:
         # A failed pass is done again from scratch, so nothing of it is kept.
         self._done.append(_Work(work.batch, self._carry(RESCORE, work.batch), work.weights))
         self._can_retry = self._permitted.may_retry and (
-            len(work.batch) > 1 or not isinstance(work.carry, Rescore)
+            is_divisible(work.batch.inputs) or not isinstance(work.carry, Rescore)
         )
         # The last pass of the step, by which DDP synchronizes gradients.
         wrapped = number == self._micro_batches - 1 and not due
@@ -285,14 +285,16 @@ class StepEngine:
         backward pass that failed may have added to the gradients, so they must be set to 0.
         """
         failed = self._done[-1]
-        if len(failed.batch) > 1:
+        then = "the step goes on without kept graphs"
+        if is_divisible(failed.batch.inputs):
             self._fits = min(self._fits, padded_tokens(failed.batch.inputs) - 1)
+            then = "they are cut in two, and so will be others as large"
         LOG.warning(
-            "step %d ran out of memory in the backward pass of %d sequences of %d tokens; they are "
-            "cut in two, and so will be others as large. The result stays exact; a smaller "
-            "`micro_batch_size` is faster",
+            "step %d ran out of memory in the backward pass of %d sequences of %d tokens; %s. The "
+            "result stays exact; a smaller `micro_batch_size` is faster",
             self._record.step,
             *failed.batch.inputs["input_ids"].shape,
+            then,
         )
         again, self._done = [*self._done, *self._due[number]], []
         self._due[number] = [part for work in again for part in self._cut(work)]
@@ -324,7 +326,7 @@ class StepEngine:
 
     def _fit(self, batch: Batch) -> bool:
         """False if a backward pass as large has failed, and the batch can be cut."""
-        return len(batch["input_ids"]) == 1 or padded_tokens(batch) <= self._fits
+        return not is_divisible(batch) or padded_tokens(batch) <= self._fits
 
     def _score_and_weigh(self, batches: Sequence[MicroBatch]) -> list[_Work]:
         """Stages 1 and 2 of a step of several micro-batches; its work in the order of stage 3."""
@@ -373,22 +375,13 @@ class StepEngine:
     def _plan(self, batches: Sequence[MicroBatch], step: MicroBatch) -> list[_Group]:
         """The sequences of ``step`` in as many new micro-batches as ``batches``: those with held
         gradients first, then those with kept graphs."""
-        sequences = Sequences.from_batches([batch.inputs for batch in batches])
         row = self._objective.step_class.sequences_per_row
         permits, fit = self._permitted, 0
         if permits.why_no_held_gradients is None and all(len(batch) == row for batch in batches):
             fit = gradients_that_fit(self._model)
-        if fit:
-            # One row per micro-batch, longest first: memory peaks before any gradient is held.
-            lengths = sequences.lengths()
-            split = [list(range(i, i + row)) for i in range(0, len(sequences), row)]
-            split.sort(key=lambda rows: -sum(lengths[row] for row in rows))
-        else:
-            split = self._scorer.settled().layout.groups(sequences, len(batches))
         keeps = permits.why_no_kept_graph is None
         groups = []
-        for rows in split:
-            inputs = self._collate(sequences, rows)
+        for rows, inputs in self._regrouped(batches, row if fit else None):
             shape = self._scorer.shape(inputs) if keeps else None
             groups.append(_Group(rows, step.take(rows, inputs), shape))
         shapes = [group.shape for group in groups if group.shape is not None]
@@ -398,6 +391,30 @@ class StepEngine:
         for group, kind in zip(groups, kinds, strict=True):
             group.kind = kind if self._fit(group.batch.inputs) else RESCORE
         return sorted(groups, key=lambda group: CARRIES.index(group.kind))
+
+    def _regrouped(
+        self, batches: Sequence[MicroBatch], size: int | None
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """The sequences of a step in new micro-batches of ``size`` consecutive ones, or if it is
+        None, in those of the layout; each with its indices in the step.
+
+        With images the micro-batches stay as they came.
+        """
+        if any(MORE in batch.inputs for batch in batches):
+            ends = accumulate((len(batch) for batch in batches), initial=0)
+            for batch, both in zip(batches, pairwise(ends), strict=True):
+                yield list(range(*both)), batch.inputs
+            return
+        sequences = Sequences.from_batches([batch.inputs for batch in batches])
+        if size is not None:
+            # Longest first: memory peaks before any gradient is held.
+            lengths = sequences.lengths()
+            split = [list(range(i, i + size)) for i in range(0, len(sequences), size)]
+            split.sort(key=lambda rows: -sum(lengths[row] for row in rows))
+        else:
+            split = self._scorer.settled().layout.groups(sequences, len(batches))
+        for rows in split:
+            yield rows, self._collate(sequences, rows)
 
     def _carry(self, kind: str, batch: MicroBatch) -> Carry:
         if kind == HOLD:

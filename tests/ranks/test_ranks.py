@@ -23,6 +23,8 @@ from ranks_helpers import (
     relative,
     torchrun,
 )
+from vision import image_pairs
+from vision import save_model as save_vlm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -71,6 +73,12 @@ class Bench:
             parts = {f"-{few}": train_rows[:few] for few in FEW_ROWS}
             for name, some in {"": train_rows, "-eval": eval_rows, **parts}.items():
                 self.data[mode + name] = write_rows(work / f"{mode}{name}.jsonl", some)
+        rows = image_pairs(ROWS, work / "images")
+        self.data["images"] = write_rows(work / "images.jsonl", rows)
+        vlm = {"base_model": str(save_vlm(work / "Llava", "Llava"))}
+        vlm |= {"processor_type": "LlavaProcessor", "data": "images"}
+        self.images = LORA | {"lora_target_linear": None} | vlm
+        self.images["lora_target_modules"] = ["q_proj", "v_proj"]
         self.singles: dict[str, Run] = {}
         start = save_adapter(model, work / "sft")
         self.on_adapter = {"adapter": "lora", "lora_model_dir": str(start)}
@@ -119,6 +127,9 @@ class Bench:
         for mode in MODES:
             make(f"{mode}-held", mode, 1, 8, **LORA)
             make(f"{mode}-graphs", mode, 2, 4, **LORA, **CHECKPOINTING)
+        make("paired-images", "paired", 4, 2, **self.images)
+        make("paired-images-held", "paired", 1, 8, **self.images)
+        make("paired-images-micro_batch", "paired", 4, 2, aot_batch="micro_batch", **self.images)
         make("paired-on-adapter", "paired", 4, 2, **self.on_adapter)
         make("paired-precompute", "paired", 4, 2, precompute_ref_log_probs=True)
         make("unpaired-lora-precompute", "unpaired", 4, 2, precompute_ref_log_probs=True, **LORA)
@@ -276,6 +287,14 @@ def test_three_ranks_train_as_one_process(data: str, rows: int, last: int, three
 
 def test_lora(bench: Bench) -> None:
     assert_same(bench.run("paired-lora"), bench.single("paired", "-lora", **LORA))
+
+
+def test_images(bench: Bench) -> None:
+    single = bench.single("paired", "-images", **bench.images)
+    for cut in ("", "-held"):
+        assert_same(bench.run(f"paired-images{cut}"), single)
+    with pytest.raises(AssertionError):
+        assert_same(bench.run("paired-images-micro_batch"), single, tolerance=10 * TOLERANCE)
 
 
 @pytest.mark.parametrize("mode", MODES)
