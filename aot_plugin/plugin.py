@@ -97,6 +97,13 @@ class AOTPlugin(BasePlugin):
         shared = share_folder(Path(cfg["output_dir"]))
         return {**training_args(cfg), "save_on_each_node": not shared}
 
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Tells the trainer which datasets its model card names."""
+        if is_desugared(cfg) and self._speaks():
+            from .host.model_card import hub_datasets
+
+            trainer.hub_datasets = hub_datasets(cfg["datasets"])
+
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """The callbacks of a run; none if ``rl`` is not ``aot``.
 

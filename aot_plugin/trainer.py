@@ -19,7 +19,7 @@ from .host.adapters import policy_to_start_from, refuse_another_start, save_adap
 from .host.checks import refuse_inexact
 from .host.images import ImageCollator
 from .host.loaded_models import loaded_after
-from .host.model_card import PAPER
+from .host.model_card import PAPER, ModelCardMixin
 from .host.nodes import let_each_node_save
 from .host.precompute import PrecomputeMixin
 from .host.reference_cache import refuse_unlike_rows
@@ -34,11 +34,10 @@ from .scoring.model_input import Batch
 from .step.engine import Objective
 
 
-class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowWeightsMixin):
+class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowWeightsMixin, ModelCardMixin):
     """AOT for any host trainer with TRL's batches (``input_ids``, ``attention_mask``,
     ``completion_mask``). A subclass says how a batch's sequences are labelled."""
 
-    tag_names = ("axolotl", "aot")
     _tag_names = ("trl", "aot")
     _name = "AOT"
     _paper = PAPER

@@ -91,6 +91,7 @@ OVERRIDDEN = {
     *("compute_ref_log_probs", "_precompute_ref_logps", "_prepare_dataset", "compute_loss"),
     *("_prepare_inputs", "evaluation_loop", "get_batch_samples", "prediction_step"),
     *("training_step", "_load_from_checkpoint", "_set_signature_columns_if_needed"),
+    "create_model_card",
 }
 
 
@@ -128,6 +129,7 @@ def assigned(cls: type) -> set[str]:
 
 
 OURS = {"_mode", "_only_evaluates", "_reference", "_scored_with", "_step", "_step_class"}
+OURS |= {"hub_datasets"}
 
 
 @pytest.mark.parametrize("host", TRAINERS.values(), ids=lambda trainer: trainer.__name__)
