@@ -422,7 +422,7 @@ def make_engine(model: Any, longest: int, permits: Permits) -> StepEngine:
         ranks=1,
         permits=lambda: permits,
         collate=lambda sequences, rows: collate(sequences, rows, device),
-        report=lambda step: None,
+        report=lambda step, predictions: None,
     )
 
 

@@ -26,16 +26,10 @@ def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
     return found
 
 
-class StepLine(TrainerCallback):
-    """Prints the main metrics of each log on one line, below the host's dictionary of all metrics.
+class StepClock(TrainerCallback):
+    """Measures the time of optimizer steps; that of evaluations and checkpoints is left out."""
 
-    Args:
-        rows: what the rows of a step are called, "pairs" or "rows".
-        ranks: number of ranks.
-    """
-
-    def __init__(self, rows: str, ranks: int) -> None:
-        self.rows, self.ranks = rows, ranks
+    def __init__(self) -> None:
         self._since = time.perf_counter()
         self._seconds = 0.0
         self._steps = 0
@@ -44,12 +38,30 @@ class StepLine(TrainerCallback):
         self._since = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        # The time of evaluations and checkpoints is left out of the speed of training.
         self._seconds += time.perf_counter() - self._since
         self._steps += 1
         self._since = time.perf_counter()
 
     on_evaluate = on_save = on_train_begin
+
+    def take(self) -> tuple[int, float]:
+        """The steps since the last call, and the seconds that they took."""
+        taken = self._steps, self._seconds
+        self._steps, self._seconds = 0, 0.0
+        return taken
+
+
+class StepLine(StepClock):
+    """Prints the main metrics of each log on one line, below the host's dictionary of all metrics.
+
+    Args:
+        rows: what the rows of a step are called, "pairs" or "rows".
+        ranks: number of ranks.
+    """
+
+    def __init__(self, rows: str, ranks: int) -> None:
+        super().__init__()
+        self.rows, self.ranks = rows, ranks
 
     def on_log(
         self,
@@ -62,8 +74,8 @@ class StepLine(TrainerCallback):
         speed = None
         if self._steps and "loss" in (logs or {}):
             rows = args.train_batch_size * args.gradient_accumulation_steps * self.ranks
-            speed = self._steps * rows / self._seconds
-            self._seconds, self._steps = 0.0, 0
+            steps, seconds = self.take()
+            speed = steps * rows / seconds
         if state.is_world_process_zero and logs:
             line = summary(logs, f"step {state.global_step}/{state.max_steps}", speed, self.rows)
             if line:

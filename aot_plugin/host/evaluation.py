@@ -12,13 +12,14 @@ from transformers.trainer_utils import EvalPrediction
 from ..ot.losses import PairedLogps, StepLogps
 from ..report import Scores, log_figure_to_loggers, record_evaluation
 from ..step.engine import Objective, check_finite
-from ..step.metrics import step_metrics
+from ..step.metrics import prediction_metrics, step_metrics
 from .scoring import ScoringMixin
+from .throughput import ThroughputMixin
 
 LOG = get_logger("axolotl.aot_plugin.evaluation")
 
 
-class EvaluationMixin(ScoringMixin):
+class EvaluationMixin(ScoringMixin, ThroughputMixin):
     """Evaluates with the host's loop, which gathers our columns over batches and ranks.
 
     The loop drops the rows that it repeated to fill the last batch. One transport problem is solved
@@ -57,13 +58,15 @@ class EvaluationMixin(ScoringMixin):
         """Scores a batch.
 
         Returns:
-            None; (logp, reference logp, label, completion tokens, mass) of each sequence by data
-            row, [rows, sequences per row, 5] float64; ones in place of the host's labels, [rows].
+            None; (logp, reference logp, label, completion tokens, mass, and what is watched: see
+            ``Scorer.watched_logps``) of each sequence by data row, [rows, sequences per row, 7]
+            float64; ones in place of the host's labels, [rows].
         """
         batch = self._micro_batch(self._prepare_inputs(inputs))
-        logps = self._scorer.logps(batch.inputs, model)
+        logps, watched = self._scorer.watched_logps(batch.inputs, model)
         ref_logps = batch.reference_logps(self._scorer, model)
         columns = [logps, ref_logps, batch.is_positive, batch.tokens, batch.mass]
+        columns += watched.unbind(dim=1)
         row = self._objective.step_class.sequences_per_row
         per_row = torch.stack(columns, dim=1).double().unflatten(0, (row, -1)).transpose(0, 1)
         return None, per_row.contiguous(), torch.ones(len(per_row), device=per_row.device)
@@ -77,10 +80,12 @@ class EvaluationMixin(ScoringMixin):
     def _evaluate_columns(self, prediction: EvalPrediction) -> dict[str, float]:
         columns = np.asarray(prediction.predictions, dtype=np.float64)
         rows = torch.from_numpy(columns).flatten(0, 1)
-        check_finite(rows, f"the evaluation after step {self.state.global_step}")
-        logps, ref_logps, is_positive, tokens, mass = rows.unbind(dim=1)
-        step, loss = self._objective(logps, ref_logps, is_positive.bool(), tokens, mass)
-        metrics = {"loss": loss.item()}
+        check_finite(rows[:, :2], f"the evaluation after step {self.state.global_step}")
+        logps, ref_logps, labels, tokens, mass = rows[:, :5].unbind(dim=1)
+        is_positive = labels.bool()
+        step, loss = self._objective(logps, ref_logps, is_positive, tokens, mass)
+        metrics = {"loss": loss.item(), "num_tokens": float(self._tokens)}
+        metrics |= prediction_metrics(rows[:, 5:], is_positive, tokens)
         if len(step.u) == 0 or len(step.v) == 0:
             LOG.warning("the evaluation set holds one label only: there is nothing to compare")
             return metrics
@@ -120,7 +125,7 @@ class EvaluationMixin(ScoringMixin):
 
 
 def _paired(columns: np.ndarray, **common: Any) -> Scores:
-    """Scores of pairs from the rows of ``prediction_step``, [rows, 2, 5]."""
+    """Scores of pairs from the rows of ``prediction_step``, [rows, 2, 7]."""
     chosen, rejected = columns[:, 0], columns[:, 1]
     return Scores.paired(
         chosen_logps=chosen[:, 0],
@@ -135,8 +140,8 @@ def _paired(columns: np.ndarray, **common: Any) -> Scores:
 
 
 def _unpaired(columns: np.ndarray, **common: Any) -> Scores:
-    """Scores of labelled rows from the rows of ``prediction_step``, [rows, 1, 5]."""
-    logps, ref_logps, label, tokens, mass = columns[:, 0].T
+    """Scores of labelled rows from the rows of ``prediction_step``, [rows, 1, 7]."""
+    logps, ref_logps, label, tokens, mass = columns[:, 0, :5].T
     return Scores.unpaired(
         logps=logps,
         ref_logps=ref_logps,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
@@ -25,7 +25,10 @@ class ScoringMixin(Trainer):
     args: Any
     model: Any
     ref_model: nn.Module | None
-    _is_vision_dataset: bool  # set by TRL
+    # Set by TRL's trainers in their constructors.
+    _is_vision_dataset: bool
+    _tokenizer: PreTrainedTokenizerBase
+
     _is_constructed = False
     _is_random = False
 

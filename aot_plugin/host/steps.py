@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from axolotl.utils.logging import get_logger
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..ot.losses import PairedLogps, StepLogps, UnpairedLogps
 from ..scoring.batching import Sequences
@@ -37,10 +36,6 @@ class StepsMixin(EvaluationMixin):
     """Runs each optimizer step of the host's loop through the ``StepEngine``."""
 
     _step_class: ClassVar[type[PairedLogps] | type[UnpairedLogps]]
-
-    # Set by TRL's trainers in their constructors.
-    _metrics: dict[str, dict[str, list[float]]]
-    _tokenizer: PreTrainedTokenizerBase
 
     _step: list[Batch]
     _checked = False
@@ -103,6 +98,7 @@ class StepsMixin(EvaluationMixin):
 
     def _begin(self, batches: list[MicroBatch]) -> None:
         empty = without_repeated_rows(self, batches[-1])
+        self._count_tokens(batches)
         several = self._objective.whole_step and len(batches) > 1
         if not self._checked:
             self._checked = True
@@ -178,8 +174,10 @@ class StepsMixin(EvaluationMixin):
             keys.append("`aot_kept_memory`")
         return f"aot-plugin: the micro-batch can't be cut further here; lower {' or '.join(keys)}"
 
-    def _report(self, step: StepLogps) -> None:
+    def _report(self, step: StepLogps, predictions: dict[str, float]) -> None:
         metrics = self._metrics["train"]
+        for name, value in predictions.items():
+            metrics[name].append(value)
         if len(step.u) == 0 or len(step.v) == 0:
             self._one_sided_steps += 1
             if self._one_sided_steps == 1:

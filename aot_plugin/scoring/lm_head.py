@@ -97,12 +97,38 @@ def token_logps(
         [n] or [] float32, in nats.
     """
     inputs = (hidden, *head.parameters)
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
-        logps = _logps(head, hidden, targets)
-        return logps if token_weights is None else (token_weights * logps).sum()
     if token_weights is None:
-        return _TokenLogps.apply(head, targets, *inputs)
+        return _token_logps(head, hidden, targets, watch=False)[0]
+    if not _needs_graph(inputs):
+        return (token_weights * _logps(head, hidden, targets, watch=False)[0]).sum()
     return _WeightedTokenLogps.apply(head, targets, token_weights, *inputs)
+
+
+def watched_token_logps(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """``token_logps`` [n], and what is watched beside them, [n, 2] float32 without graph: whether
+    the target is the most probable token (1 or 0), and the entropy of the prediction, in nats."""
+    return _token_logps(head, hidden, targets, watch=True)
+
+
+@torch.no_grad()
+def watched_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """What ``watched_token_logps`` watches, for logits [n, vocabulary] of any dtype."""
+    parts = [
+        _softmax_(logits[part].to(torch.float32, copy=True), targets[part], watch=True)[1]
+        for part in _chunks(*logits.shape)
+    ]
+    return torch.cat(parts)
+
+
+def _token_logps(head: Head, hidden: Tensor, targets: Tensor, watch: bool) -> tuple[Tensor, Tensor]:
+    inputs = (hidden, *head.parameters)
+    if _needs_graph(inputs):
+        return _TokenLogps.apply(head, targets, watch, *inputs)
+    return _logps(head, hidden, targets, watch)
+
+
+def _needs_graph(inputs: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
@@ -112,24 +138,34 @@ def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _chunk_logps(head: Head, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p at the targets [c], tail of the logits [c, V], log of their partition sums [c, 1]).
+def _softmax_(values: Tensor, targets: Tensor, watch: bool) -> tuple[Tensor, Tensor]:
+    """log p at the targets [c], and what is watched [c, 2] (without ``watch`` [c, 0]), for logits
+    [c, V] float32, which are destroyed.
 
     float32 from here on, whatever the product was taken in: bf16 resolves a log-probability of
     a long sequence to whole nats only.
     """
-    values = head.tail(logits.float())
-    log_z = torch.logsumexp(values, dim=-1, keepdim=True)
-    return (values.gather(-1, targets[:, None]) - log_z)[:, 0], values, log_z
+    shifted = values.sub_(values.amax(dim=-1, keepdim=True))
+    weights = shifted.exp()
+    total = weights.sum(dim=-1)
+    log_total = total.log()
+    logps = shifted.gather(-1, targets[:, None])[:, 0] - log_total
+    if not watch:
+        return logps, logps.new_empty(len(logps), 0)
+    is_best = shifted.argmax(dim=-1) == targets
+    # -sum p log p, for p = weights / total and log p = shifted - log_total
+    entropy = log_total - weights.mul_(shifted).sum(dim=-1) / total
+    return logps, torch.stack([is_best, entropy], dim=1)
 
 
 @torch.no_grad()
-def _logps(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    parts = [
-        _chunk_logps(head, head.project(hidden[part], head.parameters), targets[part])[0]
-        for part in _chunks(len(hidden), head.vocabulary)
-    ]
-    return torch.cat(parts)
+def _logps(head: Head, hidden: Tensor, targets: Tensor, watch: bool) -> tuple[Tensor, Tensor]:
+    parts = []
+    for part in _chunks(len(hidden), head.vocabulary):
+        logits = head.project(hidden[part], head.parameters)
+        parts.append(_softmax_(head.tail(logits.float()), targets[part], watch))
+    logps, watched = zip(*parts, strict=True)
+    return torch.cat(logps), torch.cat(watched)
 
 
 @contextmanager
@@ -158,11 +194,15 @@ def _value_and_gradients(
         with _graph_of_its_own():
             rows = hidden[part].detach().requires_grad_(hidden.requires_grad)
             logits = head.project(rows, leaves)
-        logps, values, log_z = _chunk_logps(head, logits.detach(), targets[part])
+        values = head.tail(logits.detach().float())
+        top = values.amax(dim=-1, keepdim=True)
+        of_values = torch.sub(values, top).exp_()
+        total = of_values.sum(dim=-1, keepdim=True)
         scale = token_weights[part, None]
-        value += (token_weights[part] * logps).sum()
+        logps = values.gather(-1, targets[part, None]) - top - total.log()
+        value += (scale * logps).sum()
         # d log p(target) / d values = onehot(target) - softmax(values)
-        of_values = torch.sub(values, log_z).exp_().mul_(-scale)
+        of_values.mul_(-scale / total)
         of_values.scatter_add_(-1, targets[part, None], scale)
         of_logits = head.tail.backward_(of_values, values).to(logits.dtype)
         inputs = [leaf for leaf in (rows, *leaves) if leaf.requires_grad]
@@ -218,22 +258,27 @@ class _WeightedTokenLogps(torch.autograd.Function):
 
 
 class _TokenLogps(torch.autograd.Function):
-    """The vector of log-probabilities; the backward pass computes the logits anew."""
+    """The vector of log-probabilities, and what is watched; the backward pass computes the logits
+    anew."""
 
     @staticmethod
-    def forward(ctx: Any, head: Head, targets: Tensor, hidden: Tensor, *_: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, head: Head, targets: Tensor, watch: bool, hidden: Tensor, *_: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.head = head
         device = hidden.device.type
         ctx.autocast = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
         ctx.save_for_backward(targets, hidden)
-        return _logps(head, hidden, targets)
+        logps, watched = _logps(head, hidden, targets, watch)
+        ctx.mark_non_differentiable(watched)
+        return logps, watched
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, of_watched: Tensor) -> tuple[Tensor | None, ...]:
         targets, hidden = ctx.saved_tensors
         with ctx.autocast:
             _, gradients = _value_and_gradients(ctx.head, targets, grad, hidden)
-        return (None, None, *gradients)
+        return (None, None, None, *gradients)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .excess import excess_factors
-from .lm_head import token_logps
+from .lm_head import token_logps, watched_of_logits, watched_token_logps
 from .model_head import (
     chunk_no_more,
     chunkable_head,
@@ -33,12 +33,31 @@ def sequence_logps(
     Returns:
         [sequences] float32, in nats; 0 for a sequence without completion tokens.
     """
-    logps, sequence = _token_logps(model, head, inputs, None)
+    return _by_sequence(model, head, inputs, excess_weight, watch=False)[0]
+
+
+def watched_sequence_logps(
+    model: nn.Module, head: nn.Module, inputs: ModelInput, excess_weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """``sequence_logps``, and what is watched beside them, [sequences, 2] float32 without graph:
+    how many completion tokens are the most probable ones, and the sum over the completion tokens of
+    the entropy of their predictions, in nats."""
+    return _by_sequence(model, head, inputs, excess_weight, watch=True)
+
+
+def _by_sequence(
+    model: nn.Module, head: nn.Module, inputs: ModelInput, excess_weight: float, watch: bool
+) -> tuple[Tensor, Tensor]:
+    logps, sequence, watched = _token_logps(model, head, inputs, watch=watch)
     if excess_weight != 1:
         logps = logps * excess_factors(inputs, excess_weight)
-    # In float64: thousands of float32 terms, added one by one, lose a tenth of a nat.
-    sums = logps.new_zeros(inputs.sequences, dtype=torch.float64)
-    return sums.index_add(0, sequence, logps.double()).float()
+
+    def summed(values: Tensor) -> Tensor:
+        # In float64: thousands of float32 terms, added one by one, lose a tenth of a nat.
+        sums = values.new_zeros(inputs.sequences, *values.shape[1:], dtype=torch.float64)
+        return sums.index_add(0, sequence, values.double()).float()
+
+    return summed(logps), summed(watched) if watch else watched
 
 
 def weighted_logps_sum(
@@ -58,18 +77,19 @@ def completion_token_logps(
     model: nn.Module, head: nn.Module, inputs: ModelInput
 ) -> tuple[Tensor, Tensor]:
     """log p of each completion token [n], those of a sequence in order, and its sequence [n]."""
-    return _token_logps(model, head, inputs, None)
+    return _token_logps(model, head, inputs)[:2]
 
 
 def _token_logps(
     model: nn.Module,
     head: nn.Module,
     inputs: ModelInput,
-    weights: Tensor | None,
+    weights: Tensor | None = None,
     excess_weight: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Per completion token its log-probability (with weights: one weighted sum), and its
-    sequence."""
+    watch: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per completion token its log-probability (with weights: one weighted sum), its sequence, and
+    what is watched (see ``lm_head``), which is void without ``watch``."""
     targets_mask = inputs.completion_mask[:, 1:].bool()
     predicts = F.pad(targets_mask, (0, 1), value=False)
     targets = inputs.input_ids[:, 1:][targets_mask]
@@ -88,11 +108,17 @@ def _token_logps(
     if found.why_not_chunked is None:
         own_forward = head.forward
         results: list[Tensor] = []
+        watched = torch.empty(0)
         nodes: list[Any] = []
 
         def in_place_of_logits(hidden: Tensor) -> Tensor:
+            nonlocal watched
             chunkable = chunkable_head(head, own_forward, found)
-            results.append(token_logps(chunkable, hidden[predicts], targets, token_weights))
+            if watch:
+                result, watched = watched_token_logps(chunkable, hidden[predicts], targets)
+            else:
+                result = token_logps(chunkable, hidden[predicts], targets, token_weights)
+            results.append(result)
             zeros = _zeros_after(results[-1], hidden)
             nodes.append(zeros.grad_fn)
             return zeros
@@ -101,7 +127,7 @@ def _token_logps(
             returned = forward()
         if not any(True for _ in parameters_behind(returned.grad_fn, nodes)):
             (result,) = results
-            return result + 0 * returned.sum(), sequence
+            return result + 0 * returned.sum(), sequence, watched
         chunk_no_more(head, "the model has a trained parameter that changes its logits")
 
     seen: list[bool] = []
@@ -114,8 +140,9 @@ def _token_logps(
         logits = forward()
     if not seen:  # a model that multiplies by the head's weight itself
         logits = logits[predicts]
+    watched = watched_of_logits(logits, targets) if watch else logits.new_empty(0)
     logps = -F.cross_entropy(logits.float(), targets, reduction="none")
-    return (logps if token_weights is None else token_weights * logps), sequence
+    return (logps if token_weights is None else token_weights * logps), sequence, watched
 
 
 def _zeros_after(result: Tensor, hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .logps import sequence_logps, weighted_logps_sum
+from .logps import sequence_logps, watched_sequence_logps, weighted_logps_sum
 from .model_input import FIELDS, Batch, ModelInput, is_divisible, padded_rows
 from .settle import Settled
 
@@ -76,8 +76,12 @@ class Scorer:
         self._settled: Settled | None = None
         self._passes: list[Pass] = []
 
-    def logps(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
-        """The policy's log-probabilities, [sequences] float32, in nats, without gradient.
+    def logps(self, batch: Batch) -> Tensor:
+        """The policy's log-probabilities, [sequences] float32, in nats, without gradient."""
+        return self.watched_logps(batch)[0]
+
+    def watched_logps(self, batch: Batch, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """``logps``, and what is watched beside them, [sequences, 2] (``watched_sequence_logps``).
 
         Args:
             batch: the sequences.
@@ -88,9 +92,13 @@ class Scorer:
         def score(batch: Batch) -> Tensor:
             with self._without_gradient():
                 inputs = self._arranged(batch, policy, "policy")
-                return sequence_logps(policy, self._head(), inputs, self._excess_weight)
+                logps, watched = watched_sequence_logps(
+                    policy, self._head(), inputs, self._excess_weight
+                )
+                return torch.cat([logps[:, None], watched], dim=1)
 
-        return self._that_fits(score, batch)
+        columns = self._that_fits(score, batch)
+        return columns[:, 0], columns[:, 1:]
 
     def logps_apart(self, batch: Batch) -> Tensor:
         """``logps`` with one sequence per row, whatever the layout."""
@@ -99,12 +107,13 @@ class Scorer:
                 self._policy(), self._head(), padded_rows(batch), self._excess_weight
             )
 
-    def logps_with_graph(self, batch: Batch, wrapped: bool = False) -> Tensor:
-        """``logps`` with the graph to the policy's parameters, by its own module or the wrapper."""
+    def logps_with_graph(self, batch: Batch, wrapped: bool = False) -> tuple[Tensor, Tensor]:
+        """``watched_logps`` with the graph to the policy's parameters, by its own module or the
+        wrapper."""
         model = self._wrapped() if wrapped else self._policy()
         with self._with_gradient():
             inputs = self._arranged(batch, model, "policy", gradient=True)
-            return sequence_logps(model, self._head(), inputs, self._excess_weight)
+            return watched_sequence_logps(model, self._head(), inputs, self._excess_weight)
 
     def weighted_sum(self, batch: Batch, weights: Tensor, wrapped: bool = False) -> Tensor:
         """sum_i weights_i logp_i, [] float32 with graph, for constant weights [sequences]."""
@@ -118,7 +127,7 @@ class Scorer:
 
         Args:
             batch: the sequences.
-            policy: as ``model`` in ``logps``.
+            policy: as ``model`` in ``watched_logps``.
         """
         scored = self._policy() if policy is None else policy
 

@@ -23,8 +23,9 @@ class Carry(Protocol):
     arms the synchronization of gradients.
     """
 
-    def score(self, wrapped: bool) -> Tensor:
-        """Log-probabilities of the sequences, [n] float32, in nats, detached."""
+    def score(self, wrapped: bool) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the sequences, [n] float32, in nats, and what is watched beside
+        them, [n, 2] (``watched_sequence_logps``), both detached."""
         ...
 
     def surrogate(self, weights: Tensor, wrapped: bool) -> Tensor:
@@ -39,8 +40,8 @@ class Rescore:
     def __init__(self, scorer: Scorer, batch: Batch) -> None:
         self._scorer, self._batch = scorer, batch
 
-    def score(self, wrapped: bool) -> Tensor:
-        return self._scorer.logps(self._batch)
+    def score(self, wrapped: bool) -> tuple[Tensor, Tensor]:
+        return self._scorer.watched_logps(self._batch)
 
     def surrogate(self, weights: Tensor, wrapped: bool) -> Tensor:
         return self._scorer.weighted_sum(self._batch, weights, wrapped)
@@ -53,9 +54,9 @@ class KeepGraph:
         self._scorer, self._batch = scorer, batch
         self._logps: Tensor | None = None
 
-    def score(self, wrapped: bool) -> Tensor:
-        self._logps = self._scorer.logps_with_graph(self._batch, wrapped)
-        return self._logps.detach()
+    def score(self, wrapped: bool) -> tuple[Tensor, Tensor]:
+        self._logps, watched = self._scorer.logps_with_graph(self._batch, wrapped)
+        return self._logps.detach(), watched
 
     def surrogate(self, weights: Tensor, wrapped: bool) -> Tensor:
         assert self._logps is not None
@@ -87,11 +88,11 @@ class HoldGradient:
         """Bytes of the held gradient."""
         return sum(g.nbytes for g in self._gradient or () if g is not None)
 
-    def score(self, wrapped: bool) -> Tensor:
-        logps = self._scorer.logps_with_graph(self._batch, wrapped)
+    def score(self, wrapped: bool) -> tuple[Tensor, Tensor]:
+        logps, watched = self._scorer.logps_with_graph(self._batch, wrapped)
         score = (self._signs * logps).sum()
         self._gradient = torch.autograd.grad(score, self._parameters, allow_unused=True)
-        return logps.detach()
+        return logps.detach(), watched
 
     def surrogate(self, weights: Tensor, wrapped: bool) -> Tensor:
         gradient, self._gradient = self._gradient, None

@@ -42,6 +42,7 @@ from .budget import (
     trainable,
 )
 from .carry import Carry, HoldGradient, KeepGraph, Rescore
+from .metrics import prediction_metrics
 from .record import Problem, StepRecord, emit, is_watched
 
 LOG = logging.getLogger(f"axolotl.{__name__}")
@@ -162,7 +163,8 @@ class StepEngine:
         ranks: number of ranks.
         permits: returns which carries are allowed; called once per step.
         collate: builds a batch from ``Sequences`` and the indices of some of them.
-        report: called with each transport problem after it is solved.
+        report: called with each transport problem after it is solved, and the
+            ``prediction_metrics`` of its sequences.
     """
 
     def __init__(
@@ -176,7 +178,7 @@ class StepEngine:
         ranks: int,
         permits: Callable[[], Permits],
         collate: Callable[[Sequences, Sequence[int]], Batch],
-        report: Callable[[StepLogps], None],
+        report: Callable[[StepLogps, dict[str, float]], None],
     ) -> None:
         self._scorer, self._objective, self._model = scorer, objective, model
         self._budget, self._graphs = budget, GraphSizes()
@@ -245,9 +247,9 @@ class StepEngine:
         # The last pass of the step, by which DDP synchronizes gradients.
         wrapped = number == self._micro_batches - 1 and not due
         if work.weights is None:
-            logps = work.carry.score(wrapped)
+            logps, watched = work.carry.score(wrapped)
             ref_logps = work.batch.reference_logps(self._scorer)
-            work.weights = self._transport(logps, ref_logps, work.batch)
+            work.weights = self._transport(logps, ref_logps, watched, work.batch)
             self._done[-1].weights = work.weights
             if isinstance(work.carry, Rescore) and not self._fit(work.batch.inputs):
                 self._done.pop()
@@ -335,12 +337,14 @@ class StepEngine:
         carries = [self._carry(group.kind, group.batch) for group in groups]
         logps = torch.empty(len(step), device=step.is_positive.device)
         ref_logps = torch.empty_like(logps)
+        watched = logps.new_empty(len(step), 2)
 
         def score(number: int) -> None:
             group = groups[number]
             # Reference first, so that no graph of this micro-batch is alive then.
             ref_logps[group.rows] = group.batch.reference_logps(self._scorer)
-            logps[group.rows] = self._measured_score(carries[number], group)
+            scored = self._measured_score(carries[number], group)
+            logps[group.rows], watched[group.rows] = scored
 
         # Graphs are kept for the passes that run last, in reverse: the last graph made is the first
         # one to be back-propagated.
@@ -364,7 +368,7 @@ class StepEngine:
             self._record.retries += 1
             free_memory()
             score(number)
-        weights = self._transport(logps, ref_logps, step)
+        weights = self._transport(logps, ref_logps, watched, step)
         self._record.groups = [group.rows for group in groups]
         self._record.held_bytes = sum(c.nbytes for c in carries if isinstance(c, HoldGradient))
         return [
@@ -422,7 +426,7 @@ class StepEngine:
             return HoldGradient(self._scorer, batch.inputs, signs, trainable(self._model))
         return (KeepGraph if kind == KEEP else Rescore)(self._scorer, batch.inputs)
 
-    def _measured_score(self, carry: Carry, group: _Group) -> Tensor:
+    def _measured_score(self, carry: Carry, group: _Group) -> tuple[Tensor, Tensor]:
         """The scores of a micro-batch before stage 3. Takes note of how large its graph is, if it
         is kept and none for rows as wide has been measured."""
         if not isinstance(carry, KeepGraph):
@@ -430,38 +434,41 @@ class StepEngine:
         assert group.shape is not None
         rows, width = group.shape
         if self._graphs.covers(width):
-            logps = carry.score(wrapped=False)
+            scored = carry.score(wrapped=False)
         else:
             with measured(group.batch.is_positive.device) as made:
-                logps = carry.score(wrapped=False)
+                scored = carry.score(wrapped=False)
             self._graphs.learn(rows, width, made.nbytes)
         self._record.kept_bytes += int(self._graphs.predict(rows, width))
-        return logps
+        return scored
 
-    def _transport(self, logps: Tensor, ref_logps: Tensor, batch: MicroBatch) -> Tensor:
+    def _transport(
+        self, logps: Tensor, ref_logps: Tensor, watched: Tensor, batch: MicroBatch
+    ) -> Tensor:
         """Stage 2: dL/dlogp of this rank's sequences, [sequences] float32, multiplied by what the
         host divides by (micro-batches x ranks). Repeated rows get 0."""
         columns = [logps.detach(), ref_logps, batch.is_positive, batch.tokens, batch.mass]
-        rows = torch.stack(columns, dim=1).double()
+        rows = torch.cat([torch.stack(columns, dim=1), watched], dim=1).double()
         mine = slice(0, len(rows))
         if self._objective.whole_step:
             rows, mine = self._gather(rows)
         # All ranks check the same gathered rows, so all raise together and none deadlocks.
-        check_finite(rows, f"step {self._record.step}")
+        check_finite(rows[:, :2], f"step {self._record.step}")
         counts = rows[:, 4] > 0
         gradient = torch.zeros_like(rows[:, 0])
         averaged = self._micro_batches * self._ranks
         self._loss = 0.0
         if counts.any():
-            leaf, ref_logps, is_positive, tokens, mass = rows[counts].unbind(dim=1)
-            leaf = leaf.clone().requires_grad_()
+            counted = rows[counts]
+            leaf, ref_logps, labels, tokens, mass = counted[:, :5].unbind(dim=1)
+            is_positive, leaf = labels.bool(), leaf.clone().requires_grad_()
             with torch.enable_grad():
-                solved, loss = self._objective(leaf, ref_logps, is_positive.bool(), tokens, mass)
+                solved, loss = self._objective(leaf, ref_logps, is_positive, tokens, mass)
                 (gradient[counts],) = torch.autograd.grad(loss, leaf)
             # The host averages: over equal values of one problem, or over one problem each.
             whole = self._objective.whole_step
             self._loss = loss.item() * (1 if whole else averaged / self._problems)
-            self._report(solved)
+            self._report(solved, prediction_metrics(counted[:, 5:], is_positive, tokens))
             if is_watched():
                 own = batch.mass > 0
                 positives = int((batch.is_positive & own).sum())

@@ -59,6 +59,27 @@ def step_metrics(
     return metrics
 
 
+def prediction_metrics(watched: Tensor, is_positive: Tensor, tokens: Tensor) -> dict[str, float]:
+    """What TRL's trainers log of the policy's predictions, as means over completion tokens.
+
+    Args:
+        watched: [sequences, 2]; how many completion tokens are the most probable ones, and the sum
+            of the entropies at completion tokens, in nats.
+        is_positive: [sequences] bool.
+        tokens: [sequences]; completion tokens.
+
+    Returns:
+        ``mean_token_accuracy`` of chosen or positive responses and ``entropy`` of all responses;
+        without one that has no tokens to be the mean of.
+    """
+    found = {}
+    if (positive := tokens[is_positive].sum()) > 0:
+        found["mean_token_accuracy"] = (watched[is_positive, 0].sum() / positive).item()
+    if (of_all := tokens.sum()) > 0:
+        found["entropy"] = (watched[:, 1].sum() / of_all).item()
+    return found
+
+
 def _mean(x: Tensor, mass: Tensor | None) -> float:
     """The mean of x [n], with masses [n] if there are any."""
     return (x.mean() if mass is None else (mass * x).sum() / mass.sum()).item()

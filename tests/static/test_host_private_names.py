@@ -91,7 +91,7 @@ OVERRIDDEN = {
     *("compute_ref_log_probs", "_precompute_ref_logps", "_prepare_dataset", "compute_loss"),
     *("_prepare_inputs", "evaluation_loop", "get_batch_samples", "prediction_step"),
     *("training_step", "_load_from_checkpoint", "_set_signature_columns_if_needed"),
-    "create_model_card",
+    *("log", "create_model_card"),
 }
 
 

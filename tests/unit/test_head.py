@@ -12,8 +12,12 @@ import transformers
 from torch import Tensor, nn
 
 from aot_plugin.scoring import lm_head as head_module
-from aot_plugin.scoring.lm_head import linear_head, token_logps
-from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
+from aot_plugin.scoring.lm_head import linear_head, token_logps, watched_token_logps
+from aot_plugin.scoring.logps import (
+    sequence_logps,
+    watched_sequence_logps,
+    weighted_logps_sum,
+)
 from aot_plugin.scoring.model_head import why_head_is_not_chunked
 from aot_plugin.scoring.model_input import padded_rows
 from aot_plugin.scoring.tail import IDENTITY, Tail, fitted_tail, known_logits
@@ -50,6 +54,28 @@ def head_inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [
         torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes
     ]
+
+
+@pytest.mark.parametrize("kind", TAILS)
+@pytest.mark.parametrize("with_graph", [True, False])
+def test_what_is_watched_is_of_the_whole_distribution(
+    with_graph: bool, kind: str, chunked: None
+) -> None:
+    """Peaked and flat predictions, and targets of which some are the most probable tokens."""
+    hidden, weight, _ = (tensor.detach() for tensor in head_inputs(torch.float32))
+    hidden *= torch.linspace(0.1, 20, TOKENS)[:, None]
+    tail, function = TAILS[kind]
+    distribution = torch.distributions.Categorical(logits=function(hidden @ weight.T).double())
+    best = distribution.probs.argmax(dim=-1)
+    targets = torch.where(torch.arange(TOKENS) % 3 == 0, best, torch.arange(TOKENS))
+    hidden.requires_grad_(with_graph)
+    logps, watched = watched_token_logps(linear_head(weight, None, tail), hidden, targets)
+    assert logps.requires_grad == with_graph and not watched.requires_grad
+    torch.testing.assert_close(logps.double(), distribution.log_prob(targets), rtol=1e-5, atol=1e-4)
+    assert torch.equal(watched[:, 0].bool(), targets == best)
+    torch.testing.assert_close(watched[:, 1].double(), distribution.entropy(), rtol=1e-4, atol=1e-5)
+    plain = token_logps(linear_head(weight, None, tail), hidden, targets)
+    assert torch.equal(logps, plain)  # at the start policy and reference agree to the bit
 
 
 @pytest.mark.parametrize("kind", TAILS)
@@ -223,14 +249,19 @@ def assert_as_from_full_logits(
     with context():
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1].float()
     chosen = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
-    expected = (chosen * batch["completion_mask"][:, 1:]).sum(1)
+    mask = batch["completion_mask"][:, 1:]
+    expected = (chosen * mask).sum(1)
+    correct = ((logits.argmax(-1) == batch["input_ids"][:, 1:]) * mask).sum(1)
+    entropy = (torch.distributions.Categorical(logits=logits).entropy() * mask).sum(1)
     grads = torch.autograd.grad((WEIGHTS * expected).sum(), parameters)
     for _ in range(2):
         with context():
-            logps = sequence_logps(model, head, padded_rows(batch))
+            logps, watched = watched_sequence_logps(model, head, padded_rows(batch))
         with context():
             total = weighted_logps_sum(model, head, padded_rows(batch), WEIGHTS)
         torch.testing.assert_close(logps, expected, rtol=rtol, atol=rtol)
+        torch.testing.assert_close(watched[:, 1], entropy, rtol=rtol, atol=rtol)
+        assert autocast or torch.equal(watched[:, 0], correct.float())
         torch.testing.assert_close(total, (WEIGHTS * expected).sum(), rtol=rtol, atol=rtol)
         for value in ((WEIGHTS * logps).sum(), total):
             for found, grad in zip(torch.autograd.grad(value, parameters), grads, strict=True):
