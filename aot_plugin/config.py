@@ -113,6 +113,14 @@ class AOTInputArgs(BaseModel):
             "`<output_dir>/aot` and send the plot to loggers that take images. Default `true`."
         },
     )
+    aot_samples: int | None = Field(
+        default=None,
+        ge=0,
+        json_schema_extra={
+            "description": "Held-out prompts that the policy answers at each evaluation (greedy, "
+            "at most 64 tokens), for the report and loggers that take tables. Default 0."
+        },
+    )
     aot_kept_memory: float | None = Field(
         default=None,
         ge=0,
@@ -146,6 +154,7 @@ class AOTOptions:
     aot_sft_weight: float = 0.0
     aot_batch: str = "step"
     aot_report: bool = True
+    aot_samples: int = 0
 
 
 @dataclass
@@ -341,7 +350,8 @@ def _validated(written: dict[str, Any]) -> AOTInputArgs:
         raise ValueError(
             "`aot_datasets` is written by the plugin; set options per `datasets:` entry"
         )
-    for key in ("aot_sort_epsilon", "aot_label_smoothing", "aot_sft_weight", "aot_kept_memory"):
+    numbers = ("aot_sort_epsilon", "aot_label_smoothing", "aot_sft_weight", "aot_samples")
+    for key in (*numbers, "aot_kept_memory"):
         if isinstance(written.get(key), bool):  # pydantic would read `true` as 1
             raise ValueError(f"`{key}: {written[key]}` is wrong: write a number")
     try:
@@ -410,10 +420,9 @@ def _check_evaluation(cfg: Mapping[str, Any]) -> None:
                 "below 1 (0.05)"
             )
     evaluates = _number(size) or cfg.get("test_datasets")
-    if cfg.get("early_stopping_patience") and not evaluates:
-        raise ValueError(
-            "`early_stopping_patience` needs evaluations: set `val_set_size` or `test_datasets`"
-        )
+    for key in ("early_stopping_patience", "aot_samples"):
+        if cfg.get(key) and not evaluates:
+            raise ValueError(f"`{key}` needs evaluations: set `val_set_size` or `test_datasets`")
 
 
 def _order(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from ..ot.losses import PairedLogps, StepLogps
 from ..report import Scores, log_figure_to_loggers, record_evaluation
 from ..step.engine import Objective, check_finite
 from ..step.metrics import prediction_metrics, step_metrics
-from .scoring import ScoringMixin
+from .samples import SamplesMixin
 from .throughput import ThroughputMixin
 
 LOG = get_logger("axolotl.aot_plugin.evaluation")
 
 
-class EvaluationMixin(ScoringMixin, ThroughputMixin):
+class EvaluationMixin(SamplesMixin, ThroughputMixin):
     """Evaluates with the host's loop, which gathers our columns over batches and ranks.
 
     The loop drops the rows that it repeated to fill the last batch. One transport problem is solved
@@ -44,9 +44,12 @@ class EvaluationMixin(ScoringMixin, ThroughputMixin):
         # In `axolotl evaluate` the step is 0. It must not overwrite the evaluation before step 1.
         self._eval_name = metric_key_prefix if self.is_in_train else "evaluate"
         self.compute_metrics = self._evaluate_columns
-        return super().evaluation_loop(
+        output = super().evaluation_loop(
             dataloader, description, False, ignore_keys, metric_key_prefix
         )
+        if self.args.aot_samples:
+            self._sample(dataloader.dataset, self._eval_name)
+        return output
 
     def prediction_step(
         self,

@@ -122,6 +122,13 @@ WITHOUT_EFFECT: dict[str, str] = {
         _FINE_TUNING,
     ),
     **dict.fromkeys(("vllm", "ebft"), "it belongs to another `rl`"),
+    **dict.fromkeys(
+        (
+            *("swanlab_log_completions", "swanlab_completion_log_interval"),
+            "swanlab_completion_max_buffer",
+        ),
+        "no trainer logs the completions that it waits for; `aot_samples` writes the policy's own",
+    ),
     **dict.fromkeys(("heads_k_stride", "ring_attn_func"), "it belongs to `context_parallel_size`"),
     **dict.fromkeys(
         ("lr_div_factor", "preprocess_iterable", "fsdp_final_state_dict_type"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .comparison import Named
+    from .samples import Samples
     from .scores import Scores
 
 DESCRIPTION = """\
@@ -68,7 +69,7 @@ def main(arguments: argparse.Namespace) -> str:
     from .page import comparison_page
     from .scores import write_atomically
 
-    page = comparison_page(_evaluations(arguments))
+    page = comparison_page(_evaluations(arguments), answers=_answers(arguments))
     output: Path = arguments.output
     write_atomically(output, lambda file: Path(file).write_text(page, encoding="utf-8"))
     return str(output)
@@ -87,6 +88,14 @@ def _evaluations(arguments: argparse.Namespace) -> list[Named]:
         for name, run in zip(names, runs, strict=True)
         for scores in _scores_of(run, arguments)
     ]
+
+
+def _answers(arguments: argparse.Namespace) -> dict[str, list[Samples]]:
+    """The answers that the runs gave while they trained."""
+    from .samples import load_samples
+
+    runs: list[Path] = arguments.runs
+    return dict(zip(run_names(runs), map(load_samples, runs), strict=True))
 
 
 def _scores_of(run: Path, arguments: argparse.Namespace) -> list[Scores]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..ot.second_order import STATISTICS
 from .comparison import Named, gaps, history, side_by_side
 from .plots import Panel, margins_panel, matplotlib_is_here, rewards_panel
+from .samples import Samples
 from .summary import summarize
 
 if TYPE_CHECKING:
@@ -24,11 +25,16 @@ table { border-collapse: collapse; margin: 1em 0; }
 th, td { border: 1px solid #bbb; padding: .3em .6em; text-align: right; vertical-align: top; }
 th { background: #f1f1f1; font-weight: 600; } th[scope=row] { text-align: left; }
 td small { color: #666; display: block; white-space: nowrap; }
+td.text { text-align: left; white-space: pre-wrap; min-width: 15em; }
 img { max-width: 100%; } .wide { overflow-x: auto; } p { max-width: 55em; }
 """
 
 
-def comparison_page(evaluations: Sequence[Named], n_resamples: int = 1000) -> str:
+def comparison_page(
+    evaluations: Sequence[Named],
+    n_resamples: int = 1000,
+    answers: Mapping[str, Sequence[Samples]] | None = None,
+) -> str:
     """Builds the page for the given evaluations.
 
     Tables and quantile plots show the last step of each run and eval set, the history shows all
@@ -37,6 +43,8 @@ def comparison_page(evaluations: Sequence[Named], n_resamples: int = 1000) -> st
     Args:
         evaluations: evaluations of one or several runs.
         n_resamples: number of bootstrap resamples.
+        answers: the answers to held-out prompts by run, if there are any; the page shows those of
+            the first and the last step.
 
     Returns:
         The page as HTML.
@@ -93,12 +101,42 @@ def comparison_page(evaluations: Sequence[Named], n_resamples: int = 1000) -> st
             body += ["<h2>Over the steps</h2>", _image(figure, "violation and W1 over the steps")]
     else:
         body.append("<p>No plots: matplotlib isn't installed (the extra <code>plot</code>).</p>")
+    for run, samples in (answers or {}).items():
+        body += _answers(run, samples)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>Dominance report</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
     )
+
+
+def _answers(run: str, samples: Sequence[Samples]) -> list[str]:
+    """The answers of each evaluation set after the last step, beside those after the first."""
+    parts = []
+    for eval_set in dict.fromkeys(found.eval_set for found in samples):
+        steps = sorted(
+            (found for found in samples if found.eval_set == eval_set), key=lambda found: found.step
+        )
+        shown = {found.step: found for found in (steps[0], steps[-1])}
+        first = steps[0]
+        given = [dict(zip(found.prompts, found.answers, strict=True)) for found in shown.values()]
+        rows = [
+            [f'<td class="text">{_t(text)}</td>' for text in (prompt, *texts)]
+            for prompt in first.prompts
+            for texts in [[answers.get(prompt, "–") for answers in given]]
+        ]
+        head = ("prompt", *(f"answer after step {step}" for step in shown))
+        parts += [
+            f"<h2>Answers: {_t(run)} · {_t(eval_set)}</h2>",
+            "<p>Greedy answers, cut short.</p>",
+            '<div class="wide"><table><tr>'
+            + "".join(f'<th scope="col">{_t(cell)}</th>' for cell in head)
+            + "</tr>\n"
+            + "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+            + "</table></div>",
+        ]
+    return parts
 
 
 def _name(evaluation: Named) -> str:

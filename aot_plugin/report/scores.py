@@ -267,7 +267,7 @@ class Scores:
     @property
     def stem(self) -> str:
         """<eval set>-step<step>, safe as part of a file name and different for every eval set."""
-        return f"{_file_name_part(self.eval_set)}-step{self.step}"
+        return file_stem(self.eval_set, self.step)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes ``directory``/scores-<eval set>-step<step>.parquet.
@@ -328,6 +328,11 @@ def load_run(output_dir: str | os.PathLike[str]) -> list[Scores]:
 
 def _with_weight(columns: dict[str, Any], weight: ArrayLike | None) -> dict[str, Any]:
     return columns if weight is None else {**columns, WEIGHT: weight}
+
+
+def file_stem(eval_set: str, step: int) -> str:
+    """What the names of all files of an evaluation end with."""
+    return f"{_file_name_part(eval_set)}-step{step}"
 
 
 def _file_name_part(name: str) -> str:

@@ -141,12 +141,12 @@ def _why_not(model: nn.Module, head: nn.Module) -> str | None:
         return f"the LM head is a {name} with dropout"
     # The weights of its parts are gathered each time that one is called, by all ranks together,
     # and a rank with more completion tokens would call them more often.
-    if any(True for _ in head.children()) and _is_sharded(model):
+    if any(True for _ in head.children()) and is_sharded(model):
         return f"the LM head is a {name} whose parts are sharded"
     return None
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """By ZeRO-3, FSDP2 or FSDP1."""
 
     def is_shard(parameter: Any) -> bool:

@@ -109,6 +109,10 @@ UNKNOWN = [
     ({"val_set_size": 1.5}, "`val_set_size: 1.5` is wrong"),
     ({"val_set_size": "many"}, "`val_set_size: many` is wrong"),
     ({"early_stopping_patience": 2}, "`early_stopping_patience` needs evaluations"),
+    ({"aot_samples": 2}, "`aot_samples` needs evaluations: set `val_set_size`"),
+    ({"aot_samples": -1, "val_set_size": 4}, "`aot_samples: -1` is wrong"),
+    ({"aot_samples": True, "val_set_size": 4}, "`aot_samples: True` is wrong: write a number"),
+    ({"aot_samples": 1.5, "val_set_size": 4}, "`aot_samples: 1.5` is wrong"),
     (
         {"curriculum_sampling": True, "shuffle_merged_datasets": True, "datasets": [{}, {}]},
         "`shuffle_merged_datasets: true` undoes `curriculum_sampling: true`",
@@ -225,6 +229,10 @@ def test_keys_without_effect_are_named_in_one_line(
         assert f"`{key}`" in line
     loaded(rl="dpo", train_on_inputs=True)
     assert len(told) == 1
+    plugins = ["axolotl.integrations.swanlab.SwanLabPlugin"]
+    loaded(plugins=plugins, swanlab_log_completions=True, use_swanlab=False)
+    assert "`swanlab_log_completions` (no trainer logs the completions" in told[1]
+    assert "`aot_samples`" in told[1]
 
 
 @pytest.mark.parametrize("mode", ["paired", "unpaired"])

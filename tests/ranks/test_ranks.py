@@ -110,7 +110,7 @@ class Bench:
 
         configs: dict[str, dict[str, Any]] = {}
         for mode in MODES:
-            make(f"{mode}-4x2", mode, 4, 2, eval_batch_size=4)
+            make(f"{mode}-4x2", mode, 4, 2, eval_batch_size=4, aot_samples=2)
             make(f"{mode}-1x8", mode, 1, 8, eval_batch_size=5)
             make(f"{mode}-8x1", mode, 8, 1, save_steps=2)
             make(f"{mode}-repeats-count", mode, 8, 1)
@@ -175,7 +175,7 @@ def bench(empty_bench: Bench) -> Bench:
 
 @pytest.fixture
 def whole(bench: Bench) -> Callable[[str], Run]:
-    return lambda mode: bench.single(mode, eval_batch_size=STEP)
+    return lambda mode: bench.single(mode, eval_batch_size=STEP, aot_samples=2)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -195,6 +195,21 @@ def test_two_ranks_train_as_one_process(
     assert problems == [2 * [full, full, of_rank] for of_rank in last]
     sorted_u, expected = (run.logged("aot/sorted_u") for run in (bench.run(f"{mode}-{cut}"), whole))
     assert sorted_u == expected
+    for name in ("num_tokens", "mean_token_accuracy", "entropy"):
+        values = pytest.approx(whole.logged(name), rel=TOLERANCE)
+        assert bench.run(f"{mode}-{cut}").logged(name) == values, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_rank_answers_while_the_others_wait(
+    mode: str, bench: Bench, whole: Callable[[str], Run]
+) -> None:
+    found = [
+        {file.name: file.read_text() for file in run.checkpoint.parent.glob("aot/samples-*")}
+        for run in (bench.run(f"{mode}-4x2"), whole(mode))
+    ]
+    assert sorted(found[0]) == [f"samples-eval-step{step}.jsonl" for step in (0, 3, 6)]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -226,6 +241,8 @@ def test_repeated_rows_that_count_make_another_run(
     losses = bench.run(f"{mode}-repeats-count").logged("loss"), whole(mode).logged("loss")
     misses = [relative(a, b) for a, b in zip(*losses, strict=True)]
     assert misses[2] > 10 * TOLERANCE, f"the negative control agrees: {misses}"
+    run = bench.run(f"{mode}-repeats-count")
+    assert run.logged("num_tokens")[-1] > whole(mode).logged("num_tokens")[-1]
 
 
 @pytest.mark.parametrize("mode", MODES)

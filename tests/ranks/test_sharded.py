@@ -44,7 +44,7 @@ def cut(micro: int, accumulation: int) -> dict[str, int]:
 
 
 RUNS: dict[str, dict[str, Any]] = {
-    "full": {"aot_mode": "paired", "eval_batch_size": 4, **cut(4, 2)},
+    "full": {"aot_mode": "paired", "eval_batch_size": 4, "aot_samples": 2, **cut(4, 2)},
     "precompute": {"aot_mode": "unpaired", "precompute_ref_log_probs": True, **cut(4, 2)},
     "lora": {"aot_mode": "paired", **LORA, **cut(8, 1)},
 }
@@ -203,3 +203,13 @@ def test_a_resumed_run_goes_on_as_the_unbroken_one(strategy: str, bench: Bench) 
 def test_every_rank_raises_where_one_is_not_finite(strategy: str, bench: Bench) -> None:
     # A rank that made one forward pass more or less than the others would wait for their shards.
     assert_every_rank_raised(bench.output(f"{strategy}-not_finite"), 16, 32)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_answers_need_whole_weights(strategy: str, bench: Bench) -> None:
+    files = sorted(file.name for file in bench.output(f"{strategy}-full").glob("aot/samples-*"))
+    steps = [] if strategy in SHARDED else [0, 3, 6]
+    assert files == [f"samples-eval-step{step}.jsonl" for step in steps]
+    assert "no answers for `aot_samples` in this run: NotImplementedError" in log(
+        bench.work / "log"
+    )

@@ -1,7 +1,10 @@
-"""Images reach real loggers, offline, and are read back from what these wrote."""
+"""Images and tables reach real loggers, offline, and are read back from what these wrote."""
 
+import contextlib
 import io
+import json
 import os
+import sqlite3
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from aot_plugin.report import log_figure_to_loggers
+from aot_plugin.report import Samples, log_figure_to_loggers, log_table_to_loggers
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -39,7 +42,16 @@ def test_tensorboard(picture, tmp_path):
     np.testing.assert_array_equal(np.asarray(read), pixels)
 
 
-def test_wandb_offline(picture, tmp_path, monkeypatch):
+SAMPLES = Samples(7, "eval_set", ["Why?", 'a "b"\n| c'], ["Because.", "ü"])
+ANSWERS = [[7, "Why?", "Because."], [7, 'a "b"\n| c', "ü"]]
+
+
+@pytest.fixture
+def table(tmp_path):
+    return SAMPLES.table(), SAMPLES.save(tmp_path)
+
+
+def test_wandb_offline(picture, table, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     path, _ = picture
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
@@ -52,11 +64,16 @@ def test_wandb_offline(picture, tmp_path, monkeypatch):
         assert stored.read_bytes() == path.read_bytes()
         assert run.summary["train/global_step"] == 7
         assert "aot/quantiles-eval_set" in run.summary.keys()  # noqa: SIM118 - it's no dict
+        assert log_table_to_loggers(*table, 7, ["wandb"]) == ["wandb"]
+        [stored] = tmp_path.glob("wandb/offline-run-*/files/media/table/aot/*.table.json")
+        assert stored.name.startswith("samples-eval_set_")
+        stored = json.loads(stored.read_text())
+        assert (stored["columns"], stored["data"]) == (["step", "prompt", "answer"], ANSWERS)
     finally:
         run.finish()
 
 
-def test_mlflow_gets_an_artifact(picture, tmp_path, monkeypatch):
+def test_mlflow_gets_artifacts(picture, table, tmp_path, monkeypatch):
     # Files, where a database would need more than the light package.
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow = pytest.importorskip("mlflow")
@@ -66,25 +83,31 @@ def test_mlflow_gets_an_artifact(picture, tmp_path, monkeypatch):
     try:
         with mlflow.start_run():
             assert log_figure_to_loggers(path, 7, ["mlflow"]) == ["mlflow"]
+            for _ in range(2):  # of two evaluations
+                assert log_table_to_loggers(*table, 7, ["mlflow"]) == ["mlflow"]
     finally:
         mlflow.set_tracking_uri(before)
     [stored] = tmp_path.glob("mlruns/**/artifacts/aot/*.png")
     assert stored.name == path.name
     assert stored.read_bytes() == path.read_bytes()
+    [stored] = tmp_path.glob("mlruns/**/artifacts/aot/samples-eval_set.json")
+    assert json.loads(stored.read_text())["data"] == ANSWERS * 2
 
 
 TRACKIO = """
 import sys
 import trackio
-from aot_plugin.report import log_figure_to_loggers
+from aot_plugin.report import log_figure_to_loggers, log_table_to_loggers
 
+columns = {"step": [7], "prompt": ["Why?"], "answer": ["Because."]}
 trackio.init(project="aot-plugin-test", name="run")
 print("TOOK", log_figure_to_loggers(sys.argv[1], 7, ["trackio"]))
+print("TOOK", log_table_to_loggers(columns, "samples-eval_set-step7.jsonl", 7, ["trackio"]))
 trackio.finish()
 """
 
 
-def test_trackio_gets_an_image(picture, tmp_path):
+def test_trackio_gets_an_image_and_a_table(picture, tmp_path):
     """In a process of its own: trackio reads where to write when it is imported."""
     pytest.importorskip("trackio")
     path, pixels = picture
@@ -95,16 +118,24 @@ def test_trackio_gets_an_image(picture, tmp_path):
         text=True,
         check=True,
     )
-    assert "TOOK ['trackio']" in done.stdout
+    assert done.stdout.count("TOOK ['trackio']") == 2
+    [database] = tmp_path.glob("trackio/*.db")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        logged = [row[0] for row in connection.execute("SELECT metrics FROM metrics")]
+    [table] = [found for found in map(json.loads, logged) if "aot/samples-eval_set" in found]
+    assert table["aot/samples-eval_set"]["_value"] == [
+        {"step": 7, "prompt": "Why?", "answer": "Because."}
+    ]
     [stored] = tmp_path.glob("trackio/media/**/*.png")
     np.testing.assert_array_equal(np.asarray(Image.open(stored)), pixels)
 
 
-def test_libraries_that_are_not_loaded_stay_so(picture, monkeypatch):
+def test_libraries_that_are_not_loaded_stay_so(picture, table, monkeypatch):
     for name in ("wandb", "mlflow", "trackio"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     everything = ["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "none"]
     assert log_figure_to_loggers(picture[0], 7, everything) == []
+    assert log_table_to_loggers(*table, 7, everything) == []
     assert not {"wandb", "mlflow", "trackio"} & set(sys.modules)
 
 

@@ -12,6 +12,7 @@ from aot_plugin.report.cli import run_names
 from aot_plugin.report.comparison import Named, gaps, history, side_by_side
 from aot_plugin.report.page import comparison_page
 from aot_plugin.report.plots import margins_panel
+from aot_plugin.report.samples import Samples, load_samples
 from aot_plugin.report.summary import summarize
 
 pytest.importorskip("matplotlib")
@@ -189,3 +190,25 @@ def test_help_imports_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
     assert b"--eval-data" in run.stdout
+
+
+def test_answers_stand_beside_the_first_ones(make_paired, tmp_path):
+    """By prompt, escaped, and without those in between; runs without answers have no section."""
+    pairs = [("one?", "1"), (HOSTILE, "a  b\nc"), ("gone?", "?")]
+    for step, answered in ((20, pairs[:2]), (0, pairs), (10, [("one?", "hidden")])):
+        prompts, answers = zip(*answered, strict=True)
+        marked = [f"{answer} at {step}" for answer in answers]
+        Samples(step, "<img src=x>", prompts, marked).save(tmp_path / "aot")
+    loaded = load_samples(tmp_path)
+    assert [samples.step for samples in loaded] == [0, 10, 20]
+    text = comparison_page([Named("a", make_paired())], 20, {"a": loaded, "b": []})
+    rows = checked(text).rows
+    assert rows[rows.index(["prompt", "answer after step 0", "answer after step 20"]) :] == [
+        ["prompt", "answer after step 0", "answer after step 20"],
+        ["one?", "1 at 0", "1 at 20"],
+        [HOSTILE, "a  b\nc at 0", "a  b\nc at 20"],
+        ["gone?", "? at 0", "–"],
+    ]
+    assert text.count("<h2>Answers: ") == 1 and "hidden" not in text
+    (alone,) = [page._answers("a", loaded[:1])[2]]
+    assert checked(alone).rows[0] == ["prompt", "answer after step 0"]
