@@ -30,7 +30,7 @@ class ThroughputMixin(Trainer):
 
     def _count_tokens(self, batches: Sequence[MicroBatch]) -> None:
         """Counts a step's micro-batches. To be called on all ranks."""
-        found = [batch.inputs["attention_mask"][batch.counts].sum() for batch in batches]
+        found = [batch.inputs["attention_mask"][batch.mass > 0].sum() for batch in batches]
         self._tokens += int(self.accelerator.gather(torch.stack(found).sum()).sum())
         self._metrics["train"]["num_tokens"] = [float(self._tokens)]
 
