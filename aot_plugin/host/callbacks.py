@@ -15,10 +15,16 @@ from transformers import (
 )
 
 
+UNITS = {"sum": "nats", "mean": "nats per token"}
+"""Of what is compared, by ``aot_score``."""
+
+
 def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
     """The callbacks of a run; the host adds its two only in supervised fine-tuning."""
     rows = "pairs" if cfg["aot_mode"] == "paired" else "rows"
-    found: list[TrainerCallback] = [StepLine(rows, trainer.accelerator.num_processes)]
+    found: list[TrainerCallback] = [
+        StepLine(rows, trainer.accelerator.num_processes, UNITS[cfg["aot_score"]])
+    ]
     if cfg.early_stopping_patience:
         found.append(EarlyStoppingCallback(cfg.early_stopping_patience))
     if cfg.loss_watchdog_threshold is not None:
@@ -57,11 +63,12 @@ class StepLine(StepClock):
     Args:
         rows: what the rows of a step are called, "pairs" or "rows".
         ranks: number of ranks.
+        unit: of what is compared.
     """
 
-    def __init__(self, rows: str, ranks: int) -> None:
+    def __init__(self, rows: str, ranks: int, unit: str = "nats") -> None:
         super().__init__()
-        self.rows, self.ranks = rows, ranks
+        self.rows, self.ranks, self.unit = rows, ranks, unit
 
     def on_log(
         self,
@@ -77,13 +84,18 @@ class StepLine(StepClock):
             steps, seconds = self.take()
             speed = steps * rows / seconds
         if state.is_world_process_zero and logs:
-            line = summary(logs, f"step {state.global_step}/{state.max_steps}", speed, self.rows)
+            at = f"step {state.global_step}/{state.max_steps}"
+            line = summary(logs, at, speed, self.rows, self.unit)
             if line:
                 tqdm.write(line)
 
 
 def summary(
-    logs: Mapping[str, Any], step: str, speed: float | None = None, rows: str = "rows"
+    logs: Mapping[str, Any],
+    step: str,
+    speed: float | None = None,
+    rows: str = "rows",
+    unit: str = "nats",
 ) -> str | None:
     """Formats loss, violation, dominance, re-coupled rows and speed of one log.
 
@@ -92,6 +104,7 @@ def summary(
         step: the step as it is printed.
         speed: rows per second, if known.
         rows: what the rows are called.
+        unit: of violation and dominance.
 
     Returns:
         The line; None for a log without these metrics (the end of training, or steps with only one
@@ -105,8 +118,8 @@ def summary(
     parts = [
         f"{prefix}loss {value['loss']:.4g}",
         f"violation {value['aot/violation_fraction']:.0%} of levels, "
-        f"{value['aot/violation_amount']:.3g} nats",
-        f"dominance {value['aot/dominance_amount']:.3g} nats",
+        f"{value['aot/violation_amount']:.3g} {unit}",
+        f"dominance {value['aot/dominance_amount']:.3g} {unit}",
     ]
     if "aot/recoupled_fraction" in value:
         parts.append(f"recoupled {value['aot/recoupled_fraction']:.0%}")

@@ -22,6 +22,9 @@ def test_what_to_look_at_stands_on_one_line() -> None:
         "step 2/4  loss 0.5701 | violation 12% of levels, 0.134 nats | dominance 2.86 nats | "
         "recoupled 88% | 9.48 pairs/s"
     )
+    assert "0.134 nats per token |" in summary(
+        {"loss": 0.5, **METRICS}, "step 2/4", unit="nats per token"
+    )
     evaluation = {"eval_loss": 0.5, **{f"eval_{key}": value for key, value in METRICS.items()}}
     assert summary(evaluation, "step 2/4").startswith("step 2/4  eval_loss 0.5 | violation 12%")
 
