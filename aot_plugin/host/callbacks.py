@@ -14,7 +14,6 @@ from transformers import (
     TrainingArguments,
 )
 
-
 UNITS = {"sum": "nats", "mean": "nats per token"}
 """Of what is compared, by ``aot_score``."""
 
