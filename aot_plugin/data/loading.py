@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -69,6 +69,7 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
             have the same label.
     """
     unpaired = cfg["aot_mode"] == "unpaired"
+    _restore_types(cfg)
     with (
         naming_the_row(cfg),
         _replaced(rl, "load_dataset_with_config", partial(_load_taken, cfg)),
@@ -101,6 +102,18 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
         positive, negative = check_labels(meta.train_dataset)
         LOG.info("training on %d positive and %d negative rows", positive, negative)
     return meta
+
+
+def _restore_types(cfg: Any) -> None:
+    """Gives the entries of ``test_datasets`` their user-defined types back.
+
+    The host's validation takes such a mapping for one of supervised fine-tuning and drops the keys
+    that it does not know there; an empty one stands for rows that are used as they are. Both lists
+    have the same types (``entries``), so those of ``datasets`` serve.
+    """
+    for entry, trained in zip(cfg.test_datasets or (), cfg.datasets or (), strict=False):
+        if isinstance(entry["type"], Mapping) and isinstance(trained["type"], Mapping):
+            entry["type"] = trained["type"]
 
 
 def _log_counts(counts: list[RowCounts], mode: str) -> None:

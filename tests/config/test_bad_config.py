@@ -62,6 +62,8 @@ def effective(key: str, value: Any) -> Any:
         "aot_batch": ("step", "micro_batch"),
         "aot_penalty": ("logistic", "squared_hinge", "least_squares"),
         "aot_loss": ("transport",),
+        "aot_order": ("first", "second"),
+        "aot_score": ("sum", "mean"),
     }
     if value is None:
         return None
@@ -77,7 +79,13 @@ def effective(key: str, value: Any) -> Any:
         return bool(value)
     assert not isinstance(value, bool)
     number = float(value)
-    assert 0 <= number < 0.5 if key == "aot_label_smoothing" else 0 < number < float("inf")
+    if key == "aot_samples":
+        assert number >= 0 and number.is_integer()
+        return value if isinstance(value, int) else int(number)
+    if key == "aot_sort_epsilon":
+        assert 0 < number < float("inf")
+    else:
+        assert 0 <= number < (0.5 if key == "aot_label_smoothing" else float("inf"))
     return number
 
 
@@ -85,7 +93,8 @@ def effective(key: str, value: Any) -> Any:
 @MANY
 @given(key=st.sampled_from(KEYS), value=VALUES)
 def test_any_value_of_our_keys(key: str, value: Any, validated: Any) -> None:
-    keys = {"aot_sort": "soft"} if key == "aot_sort_epsilon" else {}
+    needed = {"aot_sort_epsilon": {"aot_sort": "soft"}, "aot_samples": {"val_set_size": 2}}
+    keys = needed.get(key, {})
     value = yaml.safe_load(yaml.safe_dump(value))  # what the YAML holds
     try:
         expected = effective(key, value)

@@ -9,6 +9,7 @@ from typing import Any
 import axolotl
 import pytest
 from axolotl.cli.config import load_cfg
+from axolotl.integrations.base import PluginManager
 from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
 from axolotl.utils.schemas.deprecated import DeprecatedParameters
 from axolotl.utils.schemas.trl import TRLConfig
@@ -229,6 +230,9 @@ def test_keys_without_effect_are_named_in_one_line(
         assert f"`{key}`" in line
     loaded(rl="dpo", train_on_inputs=True)
     assert len(told) == 1
+    # A plugin of one config stays for those of later tests otherwise.
+    manager = PluginManager.get_instance()
+    monkeypatch.setattr(manager, "plugins", manager.plugins.copy())
     plugins = ["axolotl.integrations.swanlab.SwanLabPlugin"]
     loaded(plugins=plugins, swanlab_log_completions=True, use_swanlab=False)
     assert "`swanlab_log_completions` (no trainer logs the completions" in told[1]
