@@ -265,6 +265,20 @@ def test_what_the_host_s_loader_reads_survives_its_validation(config, entry):
         assert cfg.aot_datasets[key]["strategy"] == "chat_template.default"
 
 
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+def test_a_user_defined_type_survives_in_test_datasets(mode, config, entry):
+    """The host's validation drops the keys that no type of supervised fine-tuning has."""
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B", "completion": "A", "label": True}
+    kind = {"prompt_format": "<{prompt}>"}
+    data, held_out = (
+        entry(name, [row, row | {"prompt": name, "label": False}], type=kind)
+        for name in ("rows", "more")
+    )
+    meta = load_datasets(config([data], aot_mode=mode, test_datasets=[held_out]))
+    assert set(meta.train_dataset["prompt"]) == {"<Q>", "<rows>"}
+    assert set(meta.eval_dataset["prompt"]) == {"<Q>", "<more>"}
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
