@@ -150,8 +150,8 @@ def draw_integrated_gap(axes: Axes, panel: Panel) -> None:
     the second order."""
     levels, integral = integrated_gap(panel.first, panel.second, *panel.masses)
     for sign, style in ((1, DOMINANCE_STYLE), (-1, VIOLATION_STYLE)):
-        area = sign * np.maximum(sign * integral, 0.0)
-        axes.fill_between(levels, area, interpolate=True, **style)
+        where = (sign * integral > 0.0).tolist()
+        axes.fill_between(levels, integral, where=where, interpolate=True, **style)
     axes.plot(levels, integral, color="black", linewidth=1.0)
     axes.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_ylabel(f"integrated\n[{panel.unit}]", fontsize=9)

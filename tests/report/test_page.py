@@ -77,7 +77,11 @@ def test_numbers_in_the_tables_are_the_summarys(make_paired):
     scores = make_paired(shift=0.3, spread=4)
     found = summarize(scores, 20)
     rows = [r for r in checked(comparison_page([Named("a", scores)], 20)).rows if "a ·" in r[0]]
-    overview, margins, rewards, chosen, rejected = rows
+    overview, margins, second, rewards, chosen, rejected = rows
+    order = found["margins"]["second_order"]
+    amount = order["statistics"]["second_order_violation_amount"]
+    assert second[2].startswith(f"{amount:.4g}[")
+    assert second[4] == f"{order['test']['p_value']:.3g}paired"
     low, high = found["accuracy_interval"]
     assert overview[5] == f"{found['accuracy']:.1%}[{low:.1%}, {high:.1%}]"
     assert overview[6] == f"{found['recoupled_fraction']:.1%}"

@@ -25,6 +25,10 @@ IMPORTERS = {"config.py", "data/entries.py"}
 """Where a module may be imported by name: `type: module.function` in the YAML is the host's."""
 
 
+ALLOWED = {("host/model_card.py", "imports huggingface_hub.repocard")}
+"""Reads and writes the header of a local file."""
+
+
 def offences(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -50,8 +54,9 @@ def offences(source: str) -> Iterator[str]:
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
 def test_a_module_runs_and_fetches_nothing(path: Path) -> None:
-    allowed = str(path.relative_to(PACKAGE)) in IMPORTERS
-    found = [o for o in offences(path.read_text()) if not (allowed and o == "imports by name")]
+    name = str(path.relative_to(PACKAGE))
+    allowed = {"imports by name"} if name in IMPORTERS else set()
+    found = [o for o in offences(path.read_text()) if o not in allowed and (name, o) not in ALLOWED]
     assert found == []
 
 
