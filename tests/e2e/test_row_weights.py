@@ -97,10 +97,10 @@ def test_whole_weights_are_rows_repeated_as_often(
 
 
 def assert_same_statistics(run: Run, repeated: Run) -> None:
-    """What is logged in training and evaluation, apart from counts of rows and bootstraps."""
+    """What is logged in training and evaluation, apart from counts, bootstraps and the clock."""
     parts, uncompared = (
         ("logps/", "rewards/", "aot/", "loss"),
-        ("sorted_", "_low", "_high", "recoupled"),
+        ("sorted_", "_low", "_high", "recoupled", "tokens_per_second"),
     )
     compared = {
         key
