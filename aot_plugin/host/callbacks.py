@@ -14,8 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-UNITS = {"sum": "nats", "mean": "nats per token"}
-"""Of what is compared, by ``aot_score``."""
+from ..report.scores import UNITS
 
 
 def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:

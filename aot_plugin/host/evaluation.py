@@ -94,16 +94,17 @@ class EvaluationMixin(SamplesMixin, ThroughputMixin):
             return metrics
         metrics |= self._step_metrics(step)
         if self.args.aot_report and self.is_world_process_zero():
-            metrics |= self._record(columns)
+            metrics |= self._record(columns, None if step.mass is None else step.mass.numpy())
         return metrics
 
-    def _record(self, columns: np.ndarray) -> dict[str, float]:
+    def _record(self, columns: np.ndarray, weight: np.ndarray | None) -> dict[str, float]:
         """Writes the evaluation and its plot to the output directory.
 
         The plot is also sent to the loggers that accept images.
 
         Args:
             columns: as from ``prediction_step``, for all rows.
+            weight: the rows' masses, [rows]; None if all are equal.
 
         Returns:
             Bootstrap intervals for the log.
@@ -111,7 +112,7 @@ class EvaluationMixin(SamplesMixin, ThroughputMixin):
         step = self.state.global_step
         make = _paired if self._objective.step_class is PairedLogps else _unpaired
         common = {"beta": self.beta, "step": step, "eval_set": self._eval_name}
-        scores = make(columns, score=self.args.aot_score, **common)
+        scores = make(columns, score=self.args.aot_score, weight=weight, **common)
         written = record_evaluation(scores, self.args.output_dir)
         if "plot" in written:
             log_figure_to_loggers(
@@ -137,23 +138,13 @@ def _paired(columns: np.ndarray, **common: Any) -> Scores:
         ref_rejected_logps=rejected[:, 1],
         chosen_tokens=chosen[:, 3],
         rejected_tokens=rejected[:, 3],
-        weight=_unless_equal(chosen[:, 4]),
         **common,
     )
 
 
 def _unpaired(columns: np.ndarray, **common: Any) -> Scores:
     """Scores of labelled rows from the rows of ``prediction_step``, [rows, 1, 7]."""
-    logps, ref_logps, label, tokens, mass = columns[:, 0, :5].T
+    logps, ref_logps, label, tokens = columns[:, 0, :4].T
     return Scores.unpaired(
-        logps=logps,
-        ref_logps=ref_logps,
-        label=label.astype(bool),
-        tokens=tokens,
-        weight=_unless_equal(mass),
-        **common,
+        logps=logps, ref_logps=ref_logps, label=label.astype(bool), tokens=tokens, **common
     )
-
-
-def _unless_equal(mass: np.ndarray) -> np.ndarray | None:
-    return None if (mass == mass[0]).all() else mass

@@ -45,6 +45,9 @@ COLUMNS: dict[str, dict[str, type]] = {
 WEIGHT = "weight"
 """Name of a further column, float64: relative masses of the rows, where they are not all equal."""
 
+UNITS = {"sum": "nats", "mean": "nats per token"}
+"""Of what is compared, by ``aot_score``."""
+
 _METADATA_KEY = b"aot_plugin"
 _FORMAT = 1
 
@@ -204,7 +207,7 @@ class Scores:
     @property
     def unit(self) -> str:
         """Unit of what is compared."""
-        return "nats" if self.score == "sum" else "nats per token"
+        return UNITS[self.score]
 
     @property
     def chosen_rewards(self) -> FloatArray:
