@@ -124,7 +124,7 @@ def quantile_gaps(u: Sample, v: Sample) -> tuple[FloatArray, FloatArray]:
     return u.values[..., coupling.u_index] - v.values[..., coupling.v_index], coupling.mass
 
 
-def _statistics_of_sorted(u: Sample, v: Sample) -> dict[str, FloatArray]:
+def statistics_of_sorted(u: Sample, v: Sample) -> dict[str, FloatArray]:
     """The statistics of sorted samples u (..., n) and v (..., m): each of shape (...)."""
     gap, width = quantile_gaps(u, v)
     violation = np.maximum(-gap, 0.0) @ width
@@ -186,7 +186,7 @@ def dominance_statistics(
     thm. 2.9 with h(z) = |z|.
     """
     a, b = with_masses(u, u_mass, "u").sorted(), with_masses(v, v_mass, "v").sorted()
-    found = _statistics_of_sorted(a, b)
+    found = statistics_of_sorted(a, b)
     return {key: float(value) for key, value in found.items()}
 
 
@@ -199,7 +199,7 @@ def bootstrap_intervals(
     level: float = 0.95,
     u_mass: ArrayLike | None = None,
     v_mass: ArrayLike | None = None,
-    statistics: Callable[[Sample, Sample], Mapping[str, FloatArray]] | None = None,
+    statistics: Callable[[Sample, Sample], Mapping[str, FloatArray]] = statistics_of_sorted,
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap intervals of every key of `dominance_statistics`, or of ``statistics``.
 
@@ -223,7 +223,7 @@ def bootstrap_intervals(
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
     draws: defaultdict[str, list[FloatArray]] = defaultdict(list)
     for drawn in resampled(a, b, paired, n_resamples, seed):
-        for key, value in (statistics or _statistics_of_sorted)(*drawn).items():
+        for key, value in statistics(*drawn).items():
             draws[key].append(np.atleast_1d(value))
     tails = ((1.0 - level) / 2.0, (1.0 + level) / 2.0)
     ends = {key: np.quantile(np.concatenate(values), tails) for key, values in draws.items()}

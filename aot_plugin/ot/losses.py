@@ -232,7 +232,7 @@ def negative_log_likelihood(step: StepLogps) -> Tensor:
 def of_means(loss: StepLoss) -> StepLoss:
     """``loss`` of per-token log-probabilities (``aot_score: mean``). Their sums over a response
     favour short responses; IPO and SimPO (arXiv 2405.14734, sec. 2.2) take the means as well."""
-    return lambda step, options: loss(compared(step, "mean"), options)
+    return lambda step, options: loss(step.per_token(), options)
 
 
 def with_sft(loss: StepLoss) -> StepLoss:

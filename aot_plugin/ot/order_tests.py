@@ -24,13 +24,14 @@ from .dominance import (
 
 
 class DominanceTest(NamedTuple):
-    """Outcome of `dominance_test`."""
+    """Outcome of `dominance_test`, or of `second_order.second_order_test`."""
 
     statistic: float
-    """sup over x of (F_U(x) - F_V(x))_+, between 0 and 1; 0 if u dominates v in the sample."""
+    """Of first order sup over x of (F_U(x) - F_V(x))_+, between 0 and 1; of second order in the
+    samples' unit. 0 if u dominates v in the sample."""
     p_value: float
     method: str
-    """"independent" (Kolmogorov-Smirnov) or "paired" (bootstrap of whole rows)."""
+    """"independent" (of first order Kolmogorov-Smirnov) or "paired" (bootstrap of whole rows)."""
 
 
 class AlmostDominance(NamedTuple):

@@ -21,8 +21,10 @@ from ..ot.dominance import (
     resampled_indices,
     with_masses,
 )
+from ..ot.dominance import statistics_of_sorted as of_first_order
 from ..ot.order_tests import almost_dominance, dominance_test
-from ..ot.second_order import second_order_statistics, second_order_test, statistics_of_sorted
+from ..ot.second_order import second_order_statistics, second_order_test
+from ..ot.second_order import statistics_of_sorted as of_second_order
 from .scores import Scores, write_atomically
 
 LEVEL = 0.95
@@ -210,6 +212,10 @@ def length_bias(rewards: FloatArray, tokens: NDArray[np.int64]) -> dict[str, Any
     return {"spearman": spearman, "quartiles": quartiles}
 
 
+def _both_orders(u: Sample, v: Sample) -> dict[str, FloatArray]:
+    return of_first_order(u, v) | of_second_order(u, v)
+
+
 def _comparison(
     first: Sample, second: Sample, paired: bool, n_resamples: int, seed: int
 ) -> dict[str, Any]:
@@ -218,19 +224,21 @@ def _comparison(
     bootstrap: dict[str, Any] = {"level": LEVEL, "u_mass": masses[0], "v_mass": masses[1]}
     almost = almost_dominance(*values, **options, **bootstrap)
     alike = first.mass is None and second.mass is None
+    statistics = dominance_statistics(*values, *masses)
+    of_second = second_order_statistics(*values, *masses)
+    # One bootstrap for both orders: training waits for it.
+    intervals = bootstrap_intervals(*values, **options, **bootstrap, statistics=_both_orders)
     return {
         "first_mean": float(_means(first)),
         "second_mean": float(_means(second)),
-        "statistics": dominance_statistics(*values, *masses),
-        "intervals": bootstrap_intervals(*values, **options, **bootstrap),
+        "statistics": statistics,
+        "intervals": {key: intervals[key] for key in statistics},
         "test": dominance_test(*values, **options)._asdict() if alike else NO_TEST,
         "violation_ratio": almost.ratio,
         "violation_ratio_upper": almost.upper,
         "second_order": {
-            "statistics": second_order_statistics(*values, *masses),
-            "intervals": bootstrap_intervals(
-                *values, **options, **bootstrap, statistics=statistics_of_sorted
-            ),
+            "statistics": of_second,
+            "intervals": {key: intervals[key] for key in of_second},
             "test": second_order_test(*values, **options)._asdict() if alike else NO_TEST,
         },
     }
