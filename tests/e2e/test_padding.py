@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
+from test_exact_step import NO_SIGNS
 
 from aot_plugin.step.record import watched_steps
 
@@ -19,7 +20,7 @@ def test_pad_to_multiple_of(mode: str, accumulation: int, tiny_model: Path, tmp_
     widths: dict[str, set[int]] = {}
 
     def run(name: str, **keys: Any) -> Run:
-        keys |= {"gradient_accumulation_steps": accumulation, "dataset_num_proc": 0}
+        keys |= {"gradient_accumulation_steps": accumulation, "dataset_num_proc": 0, **NO_SIGNS}
         cfg = config(tiny_model, data, tmp_path / name, aot_mode=mode, max_steps=2, **keys)
         with watched_steps() as steps:
             found = train(cfg)
