@@ -1,13 +1,10 @@
 """Two ranks and fewer rows than ranks or steps need: an end within the time limit, not a wait."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import Run, config, paired_rows, unpaired_rows, write_rows
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))
 from ranks_helpers import job, log, on_ranks
 
 pytestmark = pytest.mark.slow

@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from cuts import assert_same
 from harness import (
     Run,
     base_model,
@@ -23,7 +24,6 @@ from harness import (
 )
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_exact_step import assert_same
 
 from aot_plugin.report.scores import Scores
 from aot_plugin.report.scoring import score_run

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cuts import assert_same
 from harness import (
     ENV,
     Run,
@@ -17,7 +18,6 @@ from harness import (
     write_rows,
 )
 from host_process import forked_axolotl
-from test_exact_step import assert_same
 
 pytestmark = pytest.mark.slow
 

@@ -5,9 +5,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from cuts import LORA, assert_differs, assert_same
 from flash_stand_in import NAME, FlashAttn, flash_attn
 from harness import config, paired_rows, train, write_rows
-from test_exact_step import LORA, assert_differs, assert_same
 
 from aot_plugin.host import steps
 from aot_plugin.scoring import settle

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import vision
+from cuts import LORA, assert_differs, assert_same
 from harness import Run, config, train, write_rows
-from test_exact_step import LORA, assert_differs, assert_same
 
 from aot_plugin.host import images, steps
 from aot_plugin.step.record import watched_steps

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cuts import LORA, NO_SIGNS, Cutter, assert_differs, assert_same
 from harness import paired_rows, sentence, unpaired_rows, write_rows
-from test_exact_step import LORA, NO_SIGNS, Cutter, assert_differs, assert_same
 
 from aot_plugin.ot.dominance import dominance_statistics
 from aot_plugin.report.scores import load_run

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_exact_step import LORA, Cutter, assert_differs, assert_same
+from cuts import LORA, Cutter, assert_differs, assert_same
 from torch import Tensor
 
 from aot_plugin.host import steps

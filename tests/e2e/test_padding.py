@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cuts import NO_SIGNS
 from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
-from test_exact_step import NO_SIGNS
 
 from aot_plugin.step.record import watched_steps
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cuts import assert_differs, assert_same
 from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
-from test_exact_step import assert_differs, assert_same
 
 from aot_plugin.report.scores import Scores, load_run
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_exact_step import LORA, NO_SIGNS, Cutter, assert_differs, assert_same
+from cuts import LORA, NO_SIGNS, Cutter, assert_differs, assert_same
 
 pytestmark = pytest.mark.slow
 

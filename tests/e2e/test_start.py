@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from cuts import LORA, Cutter, assert_differs, assert_same
 from harness import config, paired_rows, train, unpaired_rows, write_rows
-from test_exact_step import LORA, Cutter, assert_differs, assert_same
 
 from aot_plugin import trainer
 from aot_plugin.step import budget

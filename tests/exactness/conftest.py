@@ -1,11 +1,6 @@
 """The long form runs only if it is asked for, by ``-m exactness_long``."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,79 +1,24 @@
 """Killed runs, started again by the same command, end as an unbroken one does.
 
-``AOT_KILLS`` is the number of kills (CI's is small); with ``AOT_REAL_COMMAND`` set, each run is the
-host's own command in a new interpreter instead of a fork that calls what that command calls.
+``AOT_KILLS`` is the number of kills (CI's is small).
 """
 
-import contextlib
 import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import ENV, Run, config, paired_rows, unpaired_rows, write_config, write_rows
-from host_process import start_axolotl
+from harness import Run, config, paired_rows, unpaired_rows, write_config, write_rows
+from processes import TIMEOUT, Process, Start
 
 pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("AOT_KILLS", "3"))
 STEPS = 8
-TIMEOUT = 600
-
-
-class Process:
-    """A training that can be killed: ``with Process(...)``, then ``wait``."""
-
-    def __init__(self, pid: int, wait: Callable[[], int], log: Path) -> None:
-        self.pid, self.wait, self.log = pid, wait, log
-
-    def kill(self, signum: int = signal.SIGKILL) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signum)
-
-    def alive(self) -> bool:
-        try:
-            return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
-
-    def finished(self) -> None:
-        code = self.wait()
-        assert code == 0, f"exit {code}:\n{self.log.read_text()[-4000:]}"
-
-
-Start = Callable[[Path], Process]
-
-
-@pytest.fixture
-def start() -> Start:
-    """``start(config)``: a training in a process of its own."""
-    if os.environ.get("AOT_REAL_COMMAND"):
-        return command
-
-    def fork(path: Path) -> Process:
-        log = path.with_suffix(".log")
-        process = start_axolotl("train", path, "--launcher", "python", log=log)
-        return Process(process.pid, lambda: process.wait(TIMEOUT), log)
-
-    return fork
-
-
-def command(path: Path) -> Process:
-    log = path.with_suffix(".log")
-    with open(log, "a") as output:
-        process = subprocess.Popen(
-            ["axolotl", "train", str(path), "--launcher", "python"],
-            env=ENV,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    return Process(process.pid, lambda: process.wait(TIMEOUT), log)
 
 
 def crash_config(model: Path, folder: Path, mode: str, precompute: bool) -> Path:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from harness import config, paired_rows, unpaired_rows, write_config, write_rows
+from processes import TIMEOUT, Start
 from safetensors.torch import load_file
-from test_crashes import TIMEOUT, Start, start  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.slow
 
 
-def interrupted(start: Start, model: Path, folder: Path, **keys: Any) -> set[str]:  # noqa: F811
+def interrupted(start: Start, model: Path, folder: Path, **keys: Any) -> set[str]:
     """The kinds of files in the output directory of a run that was stopped after some steps."""
     folder.mkdir()
     unpaired = keys.get("aot_mode") == "unpaired" or keys["rl"] == "kto"
@@ -39,7 +39,7 @@ def interrupted(start: Start, model: Path, folder: Path, **keys: Any) -> set[str
 def test_an_interrupted_run_leaves_the_hosts_files(
     mode: str,
     host: str,
-    start: Start,  # noqa: F811
+    start: Start,
     tiny_model: Path,
     tmp_path: Path,
 ) -> None:

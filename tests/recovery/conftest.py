@@ -1,0 +1,7 @@
+import pytest
+from processes import Start, starter
+
+
+@pytest.fixture
+def start() -> Start:
+    return starter()
