@@ -98,6 +98,16 @@ class AOTInputArgs(BaseModel):
             "log-likelihood per token of the chosen or positive responses. Default 0."
         },
     )
+    aot_grades: list[float] | None = Field(
+        default=None,
+        min_length=1,
+        json_schema_extra={
+            "description": "The label is a rating, and these are the thresholds between its levels "
+            "(`[2, 4]`: below 2, 2 to below 4, 4 and above); each level should dominate the next "
+            "lower one. For entries that say nothing else. Only with `aot_mode: unpaired`. "
+            "Default: none."
+        },
+    )
     aot_batch: Literal["step", "micro_batch"] | None = Field(
         default=None,
         json_schema_extra={
@@ -238,6 +248,8 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("`aot_sort_epsilon` needs `aot_sort: soft`")
     if args.aot_sort == "soft":
         _check_soft_sort(cfg)
+    if args.aot_grades is not None:
+        _check_grades(args)
 
     _check_lengths(cfg, args)
     defaults = AOTOptions()
@@ -330,6 +342,17 @@ def _check_soft_sort(cfg: Mapping[str, Any]) -> None:
                     f"`{where}[{index}].field_weight` can't be used with `aot_sort: soft`, which "
                     "mixes neighbouring rows as if they counted alike; write `aot_sort: hard`"
                 )
+
+
+def _check_grades(args: AOTInputArgs) -> None:
+    grades = args.aot_grades or []
+    if args.aot_mode != "unpaired":
+        raise ValueError(
+            "`aot_grades` divides the ratings of single responses into levels; write `aot_mode: "
+            "unpaired`, or remove it"
+        )
+    if not all(math.isfinite(grade) for grade in grades) or grades != sorted(set(grades)):
+        raise ValueError(f"`aot_grades: {grades}` is wrong: write thresholds in rising order")
 
 
 def _check_desugared(cfg: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from torch import Tensor, nn
 
-from .data import WEIGHT, is_text, prepare_tokens
+from .data import LEVEL, WEIGHT, is_text, prepare_tokens
 from .host.adapters import policy_to_start_from, refuse_another_start, save_adapter_only
 from .host.checks import refuse_inexact
 from .host.images import ImageCollator
@@ -24,17 +24,17 @@ from .host.nodes import let_each_node_save
 from .host.precompute import PrecomputeMixin
 from .host.reference_cache import refuse_unlike_rows
 from .host.repeated_rows import refuse_uneven_ranks
-from .host.row_weights import RowWeightsMixin
+from .host.row_columns import RowColumnsMixin
 from .host.sampling import StratifiedSamplingMixin
 from .host.steps import StepsMixin
-from .ot.losses import LossOptions, PairedLogps, UnpairedLogps, of_means, with_sft
+from .ot.losses import LossOptions, PairedLogps, UnpairedLogps, of_means, over_levels, with_sft
 from .registry import lookup
 from .scoring.excess import mark_excess
 from .scoring.model_input import Batch
 from .step.engine import Objective
 
 
-class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowWeightsMixin, ModelCardMixin):
+class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowColumnsMixin, ModelCardMixin):
     """AOT for any host trainer with TRL's batches (``input_ids``, ``attention_mask``,
     ``completion_mask``). A subclass says how a batch's sequences are labelled."""
 
@@ -57,7 +57,7 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowWeightsMixin, ModelCardMix
         save_adapter_only(self.model, self.args)
         if self._is_vision_dataset:
             self.data_collator = ImageCollator(self.data_collator, self.args.max_length)
-        self._read_weights()
+        self._read_columns()
         refuse_inexact(self)
         refuse_uneven_ranks(self.accelerator)
         refuse_unlike_rows(self.train_dataset, self.eval_dataset)
@@ -79,6 +79,7 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowWeightsMixin, ModelCardMix
         loss = lookup("aot_losses", "aot_loss", self.args.aot_loss)
         if self.args.aot_score == "mean":
             loss = of_means(loss)
+        loss = over_levels(loss)
         if options.sft_weight:
             loss = with_sft(loss)
         return Objective(loss, options, self._step_class, self.args.aot_batch == "step")
@@ -159,7 +160,8 @@ class AOTUnpairedTrainer(AOTTrainerMixin, StratifiedSamplingMixin, AxolotlKTOTra
         super().__init__(model, ref_model, **kwargs)
 
     def _labels(self, batch: Batch) -> Tensor:
-        return torch.as_tensor(batch["label"], device=batch["input_ids"].device).bool()
+        labels = batch[LEVEL] if LEVEL in batch else batch["label"]
+        return torch.as_tensor(labels, device=batch["input_ids"].device)
 
     def _cached_ref_logps(self, batch: Batch) -> Tensor | None:
         return batch.get("ref_logps")

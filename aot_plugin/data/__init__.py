@@ -12,6 +12,7 @@ the host resolves to a function of this package (``strategy_factory``).
     host_schema.py the host's schemas of an entry, extended
     mixing.py      which rows of an entry are read: `weight` and `shards`
     weights.py     the weight of a row: the mass of its atoms
+    levels.py      the levels of graded rows
     labels.py      a cell of the label column -> positive, negative or dropped
     rows.py        a row -> examples (prompt turns, completion turn, label); the only module that
                    knows dataset schemas
@@ -19,7 +20,7 @@ the host resolves to a function of this package (``strategy_factory``).
     render.py      an example -> the two strings that the model is trained on
     tokens.py      those strings -> token ids, in place of TRL's tokenization
     strategy.py    the above as the batched map that the host calls
-    sampler.py     an order of labelled rows with both labels in every step
+    sampler.py     an order of labelled rows with all labels in every step
     rendering.py   stores the chat template that a run used, for the report
     accounting.py  counts of kept and dropped rows
     host_types.py  what the host's types without a chat template can't represent
@@ -30,14 +31,18 @@ the host resolves to a function of this package (``strategy_factory``).
 
 from .accounting import check_labels
 from .entries import resolve_datasets, resolve_unpaired_datasets
+from .levels import LEVEL, level_of, levels
 from .strategy import strategy_factory
 from .tokens import is_text, prepare_tokens
 from .weights import WEIGHT
 
 __all__ = [
+    "LEVEL",
     "WEIGHT",
     "check_labels",
     "is_text",
+    "level_of",
+    "levels",
     "prepare_tokens",
     "resolve_datasets",
     "resolve_unpaired_datasets",

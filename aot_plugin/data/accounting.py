@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .images import read
 from .labels import Drop
+from .levels import LEVEL, levels
 from .options import plain
 from .render import Renderer
 from .strategy import Rendered, mode_of, parsed_options, rendered, rows_of, template_config
@@ -53,6 +54,7 @@ class RowCounts:
             weight 0 are counted.
         pairs: kept pairs; None in an unpaired run.
         positive, negative: kept responses by label; 0 in a paired run.
+        middle: kept responses of levels between the lowest and the highest.
         dropped: number of dropped responses (paired: rows) by reason.
         named: numbers of the first rows with each fault.
         unrendered: number of answers of which a part is not rendered, by log message.
@@ -66,13 +68,14 @@ class RowCounts:
     pairs: int | None = None
     positive: int = 0
     negative: int = 0
+    middle: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     named: dict[str, list[int]] = field(default_factory=dict)
     unrendered: dict[str, int] = field(default_factory=dict)
 
     @property
     def responses(self) -> int:
-        return self.positive + self.negative + sum(self.dropped.values())
+        return self.positive + self.negative + self.middle + sum(self.dropped.values())
 
     def warnings(self) -> Iterator[str]:
         """Log messages on faulty rows and on content that is not rendered."""
@@ -142,10 +145,12 @@ def count_rows(
                     named.append(int(number))
             elif paired:
                 counts.pairs = (counts.pairs or 0) + 1
-            elif row[2]:
+            elif row[2] == 1:
                 counts.positive += 1
-            else:
+            elif row[2] == 0:
                 counts.negative += 1
+            else:
+                counts.middle += 1
         bar.update(min(BATCH, len(dataset) - start))
     bar.close()
     counts.dropped = {drop.value: dropped[drop.value] for drop in Drop if dropped[drop.value]}
@@ -201,11 +206,14 @@ def table(counts: Iterable[RowCounts]) -> str:
     mixed = any(c.taken is not None for c in counts)
     judged = any(c.counted for c in counts)
     paired = any(c.pairs is not None for c in counts)
-    kept = (["pairs"] if paired else ["responses", "positive", "negative"]) * judged
+    graded = any(c.middle for c in counts)
+    kept = ["responses", "positive", *["middle"] * graded, "negative"]
+    kept = (["pairs"] if paired else kept) * judged
     lines = [["dataset", "split", "rows", *["taken"] * mixed, *kept, *reasons]]
     for c in counts:
         taken = [str(c.rows if c.taken is None else c.taken)]
-        numbers = [c.pairs] if paired else [c.responses, c.positive, c.negative]
+        labelled = [c.responses, c.positive, *[c.middle] * graded, c.negative]
+        numbers = [c.pairs] if paired else labelled
         cells = [str(n) if c.counted else "-" for n in numbers] * judged
         cells += [str(c.dropped.get(r, 0)) if c.counted or r in c.dropped else "-" for r in reasons]
         lines.append([c.source, c.split, str(c.rows), *taken * mixed, *cells])
@@ -219,19 +227,19 @@ def table(counts: Iterable[RowCounts]) -> str:
     )
 
 
-def check_labels(dataset: Dataset, name: str = "datasets") -> tuple[int, int]:
-    """Counts the positive and negative rows of a prepared dataset.
+def check_labels(dataset: Dataset, name: str = "datasets") -> str:
+    """Counts the rows of a prepared dataset by label or, if they are graded, by level.
 
     Args:
         dataset: the prepared rows.
         name: the config key of the dataset, for messages.
 
     Returns:
-        (positive, negative).
+        The counts in words.
 
     Raises:
-        ValueError: if one of the labels is absent, since there would be nothing to compare with; or
-            if the label column is missing or holds anything but true/false (the host's own
+        ValueError: if all rows have one label, since there would be nothing to compare with; or if
+            the label column is missing or holds anything but true/false (the host's own
             strategies copy it unchecked).
     """
     if "label" not in dataset.column_names:
@@ -248,6 +256,15 @@ def check_labels(dataset: Dataset, name: str = "datasets") -> tuple[int, int]:
             f"`{name}`: {strange!r} in the column `label` is neither true nor false; "
             "`type: chat_template.default` reads other labels and ratings"
         )
+    if LEVEL in dataset.column_names:
+        present, counts = np.unique(levels(dataset), return_counts=True)
+        if len(present) == 1:
+            raise ValueError(
+                f"`{name}`: all {len(dataset)} rows are of level {present[0]:.2g}; there is "
+                "nothing to compare them with. Check the label field and `grades`"
+            )
+        by_level = zip(present, counts, strict=True)
+        return "rows by level: " + ", ".join(f"{count} of {at:.2g}" for at, count in by_level)
     positive, negative = found[True], found[False]
     if not positive or not negative:
         only = "positive" if positive else "negative"
@@ -256,4 +273,4 @@ def check_labels(dataset: Dataset, name: str = "datasets") -> tuple[int, int]:
             "positive rows with negative ones. Check the label field and the thresholds of the "
             "entries"
         )
-    return positive, negative
+    return f"{positive} positive and {negative} negative rows"

@@ -46,6 +46,7 @@ def resolve_datasets(cfg: Mapping[str, Any], mode: str) -> dict[str, Any]:
             options |= found
     if options:
         updates["aot_datasets"] = options
+    _check_grades(cfg, [found["options"].get("grades") for found in options.values()])
     return updates
 
 
@@ -76,6 +77,8 @@ def _resolve(
         name = "chat_template.default" if name == "chat_template" else name
         own_module = False
         if isinstance(name, str) and name in strategies(mode):
+            if _reads_ratings(host_entry, name, mode) and (grades := cfg.get("aot_grades")):
+                host_entry["grades"] = grades
             host_entry, key, resolved = _ours(host_entry, name, mode, at)
             options[key] = resolved
         else:
@@ -112,6 +115,34 @@ def _ours(
     resolved = {"strategy": name, "mode": mode, "options": own, "source": source}
     kind, key = entry_type.encode(mode, resolved)
     return {**source, "type": kind}, key, resolved
+
+
+LABELLING_KEYS = frozenset(
+    ("grades", "positive_min", "negative_max", "best_and_worst", "field_preference")
+)
+"""Keys of an entry that say what its labels are made of."""
+
+
+def _reads_ratings(entry: Mapping[str, Any], name: str, mode: str) -> bool:
+    """Whether ``aot_grades`` divides the ratings of an entry that says nothing else."""
+    knows = "grades" in strategies(mode)[name].options.model_fields
+    return knows and not LABELLING_KEYS & entry.keys()
+
+
+def _check_grades(cfg: Mapping[str, Any], grades: Sequence[list[float] | None]) -> None:
+    if cfg.get("aot_grades") and not any(grades):
+        raise ValueError(
+            "`aot_grades`: no entry of `datasets` takes ratings; write `type: "
+            "chat_template.default` or `chat_template.listwise`, without `positive_min`, "
+            "`best_and_worst` and `field_preference`"
+        )
+    # With two levels rows are positive and negative, which goes with any number of levels.
+    counts = sorted({len(found) + 1 for found in grades if found} - {2})
+    if len(counts) > 1:
+        raise ValueError(
+            f"`grades` of one entry make {counts[0]} levels, those of another {counts[-1]}: write "
+            "as many thresholds in each, so that levels can be compared"
+        )
 
 
 def _check_repeats(entry: Mapping[str, Any], at: str, where: str, cfg: Mapping[str, Any]) -> None:

@@ -18,9 +18,9 @@ from datasets import List as ListOf
 
 from .blame import BadRow
 from .labels import Drop
+from .levels import LEVEL
 from .rows import Example, Row, RowError, Turn
-from .strategy import mode_of, parsed_options, rendered, rows_of
-from .tokens import COMPLETIONS
+from .strategy import columns_of, mode_of, parsed_options, rendered, rows_of
 from .weights import WEIGHT
 
 COLUMNS = ("image", "images")
@@ -125,13 +125,11 @@ def with_turns(dataset: Dataset, resolved: Mapping[str, Any]) -> Dataset:
     """
     mode, numbers = mode_of(resolved), range(len(dataset))
     made = [(n, row) for n, row in read(dataset, resolved, numbers) if not isinstance(row, Drop)]
-    names = ["prompt", *COMPLETIONS[mode], *(["label"] if mode == "unpaired" else [])]
-    names += [WEIGHT] if parsed_options(resolved).field_weight else []
+    rows = columns_of([row for _, row in made], mode, parsed_options(resolved))
     part = {"type": Value("string"), "text": Value("string")}
     turns = ListOf({"role": Value("string"), "content": ListOf(part)})
-    others = {"label": Value("bool"), WEIGHT: Value("float64")}
-    features = Features({name: others.get(name, turns) for name in names})
-    rows = {name: [row[i] for _, row in made] for i, name in enumerate(names)}
+    others = {"label": Value("bool"), WEIGHT: Value("float64"), LEVEL: Value("float64")}
+    features = Features({name: others.get(name, turns) for name in rows})
     kept = dataset.select([number for number, _ in made])
     kept = kept.select_columns([name for name in COLUMNS if name in dataset.column_names])
     return concatenate_datasets([kept, Dataset.from_dict(rows, features)], axis=1)

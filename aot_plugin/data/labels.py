@@ -1,8 +1,14 @@
 """Labels from the cells of a label column."""
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
+
+Label = bool | float
+"""True for positive, False for negative; with ``grades`` the level of a response, from 0 (the
+lowest) to 1 (the highest)."""
 
 
 class Drop(StrEnum):
@@ -67,7 +73,7 @@ def parse_label(value: Any) -> bool | Drop:
         return WORDS[value.strip().lower()]
     hint = ""
     if isinstance(value, int | float):
-        hint = "; for a rating, set `positive_min` and `negative_max`"
+        hint = "; for a rating, set `positive_min` and `negative_max`, or `grades`"
     accepted = ", ".join(f'"{word}"' for word in WORDS)
     raise ValueError(f"{value!r} is not a label; accepted are true/false, 1/0, {accepted}{hint}")
 
@@ -98,3 +104,13 @@ def label_from_rating(rating: float, positive_min: float, negative_max: float) -
     if rating <= negative_max:
         return False
     return Drop.BETWEEN
+
+
+def level_from_rating(rating: float, grades: Sequence[float]) -> float:
+    """The level of a rating: how many of the thresholds ``grades`` it reaches, as a share of all.
+
+    Args:
+        rating: the rating.
+        grades: the lowest rating of each level but the lowest one, increasing.
+    """
+    return bisect_right(grades, rating) / len(grades)

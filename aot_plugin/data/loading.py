@@ -99,8 +99,7 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
     for split, dataset in (("train", meta.train_dataset), ("test", meta.eval_dataset)):
         _refuse_lost_weights(dataset, cfg, split)
     if unpaired:
-        positive, negative = check_labels(meta.train_dataset)
-        LOG.info("training on %d positive and %d negative rows", positive, negative)
+        LOG.info("training on %s", check_labels(meta.train_dataset))
     return meta
 
 

@@ -1,6 +1,8 @@
 """Options of a ``datasets:`` entry with one of our types."""
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from math import isfinite
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -55,6 +57,7 @@ class ConversationOptions(BaseModel):
 
 
 class _Thresholds(ConversationOptions):
+    grades: list[float] | None = Field(default=None, strict=False, min_length=1)
     positive_min: float | None = Field(default=None, strict=False, allow_inf_nan=False)
     negative_max: float | None = Field(default=None, strict=False, allow_inf_nan=False)
 
@@ -65,6 +68,13 @@ class _Thresholds(ConversationOptions):
         low, high = self.negative_max, self.positive_min
         if low is not None and high is not None and high <= low:
             raise ValueError(f"`positive_min: {high:g}` must be above `negative_max: {low:g}`")
+        if self.grades is not None:
+            if not all(isfinite(grade) for grade in self.grades):
+                raise ValueError(f"`grades: {self.grades}`: write finite numbers")
+            if any(a >= b for a, b in pairwise(self.grades)):
+                raise ValueError(f"`grades: {self.grades}`: write the thresholds in rising order")
+            if low is not None:
+                raise ValueError("`grades` and `positive_min` both divide the ratings: keep one")
         return self
 
 
@@ -114,7 +124,8 @@ class ListwiseOptions(_Thresholds):
         if self.field_preference is not None:
             if not isinstance(self.field_completion, list) or len(self.field_completion) != 2:
                 raise ValueError("`field_preference` compares two columns in `field_completion`")
-            others = {"field_label", "best_and_worst", "positive_min"} & self.model_fields_set
+            others = {"field_label", "best_and_worst", "positive_min", "grades"}
+            others &= self.model_fields_set
             if others:
                 raise ValueError(
                     f"`field_preference` and `{min(others)}` both decide the labels: keep one"
@@ -126,8 +137,10 @@ class ListwiseOptions(_Thresholds):
                 "`field_label` must have the form of `field_completion`: one name with "
                 "`field_responses`, else a list of as many columns"
             )
-        if self.best_and_worst and self.positive_min is not None:
-            raise ValueError("`best_and_worst` and `positive_min` both decide the labels: keep one")
+        if self.best_and_worst and (given := {"positive_min", "grades"} & self.model_fields_set):
+            raise ValueError(
+                f"`best_and_worst` and `{min(given)}` both decide the labels: keep one"
+            )
         if self.lower_is_better and not self.best_and_worst:
             raise ValueError("`lower_is_better` needs `best_and_worst: true`")
         return self

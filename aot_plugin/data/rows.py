@@ -16,7 +16,14 @@ from typing import Any, TypeGuard
 from datasets import Dataset
 from pydantic import BaseModel
 
-from .labels import Drop, label_from_rating, parse_label, parse_number
+from .labels import (
+    Drop,
+    Label,
+    label_from_rating,
+    level_from_rating,
+    parse_label,
+    parse_number,
+)
 from .options import (
     ConversationOptions,
     DefaultOptions,
@@ -39,7 +46,7 @@ class Example:
     Attributes:
         prompt: the turns before the answer.
         completion: the answer, an assistant turn.
-        label: True for positive or chosen.
+        label: True for positive or chosen; with ``grades`` the level.
         tools: definitions of the tools that the prompt offers.
         ignored_prompt: True if the row has a prompt of its own that is not part of the
             conversation.
@@ -48,7 +55,7 @@ class Example:
 
     prompt: list[Turn]
     completion: Turn
-    label: bool
+    label: Label
     tools: list[dict[str, Any]] | None = None
     ignored_prompt: bool = dataclasses.field(default=False, compare=False)
     weight: float = 1.0
@@ -139,7 +146,7 @@ PAIRED = {
 
 def examples(
     row: Row,
-    responses: Iterable[tuple[Any, str, bool | Drop]],
+    responses: Iterable[tuple[Any, str, Label | Drop]],
     options: ConversationOptions,
     prompted: bool = True,
 ) -> Iterator[Outcome]:
@@ -216,7 +223,7 @@ def _prompt_or_nothing(
 def example(
     row: Row,
     response: Any,
-    label: bool | Drop,
+    label: Label | Drop,
     options: ConversationOptions,
     prompted: bool = True,
 ) -> Outcome:
@@ -266,22 +273,25 @@ def _column(row: Row, field: str) -> str:
     return f"{instead}, and a `field_...` key of the entry names another column"
 
 
-def judge(row: Row, field: str, options: DefaultOptions | ListwiseOptions) -> bool | Drop:
+def judge(row: Row, field: str, options: DefaultOptions | ListwiseOptions) -> Label | Drop:
     """The label in a column: parsed as it is or, with thresholds, derived from a rating.
 
     Raises:
         RowError: if the value is not a label (or, with thresholds, not a number).
     """
     value = cell(row, field)
+    low, high = options.negative_max, options.positive_min
     try:
-        if options.positive_min is None or options.negative_max is None:
+        if options.grades is None and (low is None or high is None):
             return parse_label(value)
         rating = parse_number(value)
     except ValueError as error:
         raise RowError(f"`{field}`: {error}") from None
     if isinstance(rating, Drop):
         return rating
-    return label_from_rating(rating, options.positive_min, options.negative_max)
+    if low is not None and high is not None:
+        return label_from_rating(rating, high, low)
+    return level_from_rating(rating, options.grades or ())
 
 
 def as_turns(
@@ -540,7 +550,7 @@ def _with_system(row: Row, turns: list[Turn], options: ConversationOptions) -> l
     return [{"role": "system", "content": text}, *turns] if text else turns
 
 
-def _prefer(row: Row, field: str) -> list[bool | Drop]:
+def _prefer(row: Row, field: str) -> list[Label | Drop]:
     try:
         preference = parse_number(cell(row, field))
     except ValueError as error:
@@ -552,14 +562,14 @@ def _prefer(row: Row, field: str) -> list[bool | Drop]:
     return [preference < 0, preference > 0]
 
 
-def _best_and_worst(values: Iterable[tuple[Any, str]], lower_is_better: bool) -> list[bool | Drop]:
+def _best_and_worst(values: Iterable[tuple[Any, str]], lower_is_better: bool) -> list[Label | Drop]:
     """Labels the best of some ratings positive and the worst negative.
 
     Args:
         values: (rating, field) of each response; the field is for messages.
         lower_is_better: True if the lowest rating is the best.
     """
-    labels: list[bool | Drop] = []
+    labels: list[Label | Drop] = []
     ratings: dict[int, float] = {}
     for index, (value, field) in enumerate(values):
         try:

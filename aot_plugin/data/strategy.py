@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from ..registry import registered
 from .labels import Drop
+from .levels import LEVEL
 from .options import ConversationOptions, plain
 from .render import Renderer
 from .rows import PAIRED, Example, Outcome, PromptStrategy, Row, RowError
@@ -48,11 +49,11 @@ def strategy_factory(mode: str, key: str) -> Callable[..., Any]:
 
     def factory(cfg: Mapping[str, Any], **_: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         resolved = cfg["aot_datasets"][key]
-        weighted = parsed_options(resolved).field_weight is not None
+        options = parsed_options(resolved)
         return transform_for(cfg, resolved), {
             "batched": True,
             "remove_columns": "__all__",
-            "features": features(mode, weighted),
+            "features": features(mode, options.field_weight is not None, is_graded(options)),
         }
 
     return factory
@@ -74,13 +75,30 @@ def transform_for(cfg: Mapping[str, Any], resolved: Mapping[str, Any]) -> Callab
             different = [chosen != rejected for _, chosen, rejected in ids]
             kept = list(itertools.compress(kept, different))
             ids = list(itertools.compress(ids, different))
-        columns = ["prompt", *COMPLETIONS[mode], *(["label"] if mode == "unpaired" else [])]
-        columns += [WEIGHT] if options.field_weight else []
-        return {name: [row[i] for row in kept] for i, name in enumerate(columns)} | {
+        return columns_of(kept, mode, options) | {
             name: [row[i] for row in ids] for i, name in enumerate(ids_columns(mode).values())
         }
 
     return transform
+
+
+def columns_of(
+    kept: Sequence[Rendered], mode: str, options: ConversationOptions
+) -> dict[str, list[Any]]:
+    """Prepared rows as columns: prompt, completions, if unpaired the label, and if the entry has
+    them weight and level."""
+    names = ["prompt", *COMPLETIONS[mode], *(["label"] if mode == "unpaired" else [])]
+    names += [WEIGHT] if options.field_weight else []
+    columns = {name: [row[i] for row in kept] for i, name in enumerate(names)}
+    if is_graded(options):
+        columns[LEVEL] = [float(label) for label in columns["label"]]
+        columns["label"] = [level == 1 for level in columns[LEVEL]]
+    return columns
+
+
+def is_graded(options: ConversationOptions) -> bool:
+    """Whether an entry divides its ratings into levels."""
+    return getattr(options, "grades", None) is not None
 
 
 def mode_of(resolved: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
+from .levels import LEVEL
 from .weights import WEIGHT
 
 COMPLETIONS = {"paired": ("chosen", "rejected"), "unpaired": ("completion",)}
@@ -32,14 +33,15 @@ def ids_columns(mode: str) -> dict[str, str]:
     return {f"{name}_ids": f"template_{name}_ids" for name in ("prompt", *COMPLETIONS[mode])}
 
 
-def features(mode: str, weighted: bool = False) -> Features:
+def features(mode: str, weighted: bool = False, graded: bool = False) -> Features:
     """Features of rows that we prepare: the columns that the host expects, our token ids and, if
-    the rows have weights, those."""
+    the rows have them, weights and levels."""
     texts = {name: Value("string") for name in ("prompt", *COMPLETIONS[mode])}
     label = {"label": Value("bool")} if mode == "unpaired" else {}
     weight = {WEIGHT: Value("float64")} if weighted else {}
+    level = {LEVEL: Value("float64")} if graded else {}
     ids = {name: ListOf(Value("int32")) for name in ids_columns(mode).values()}
-    return Features(texts | label | weight | ids)
+    return Features(texts | label | weight | level | ids)
 
 
 def token_ids(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Value
 
+from .levels import LEVEL
 from .rows import Row, RowError, cell
 
 WEIGHT = "aot_weight"
@@ -50,8 +51,8 @@ def weighed(
     Raises:
         ValueError: if a row has no weight; names dataset, row, field and value.
     """
-    if WEIGHT in dataset.column_names:
-        dataset = dataset.remove_columns(WEIGHT)
+    ours = [name for name in (WEIGHT, LEVEL) if name in dataset.column_names]
+    dataset = dataset.remove_columns(ours) if ours else dataset
     field = entry.get("field_weight")
     if not field:
         return dataset, 0

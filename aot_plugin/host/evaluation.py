@@ -68,7 +68,7 @@ class EvaluationMixin(SamplesMixin, ThroughputMixin):
         batch = self._micro_batch(self._prepare_inputs(inputs))
         logps, watched = self._scorer.watched_logps(batch.inputs, model)
         ref_logps = batch.reference_logps(self._scorer, model)
-        columns = [logps, ref_logps, batch.is_positive, batch.tokens, batch.mass]
+        columns = [logps, ref_logps, batch.label, batch.tokens, batch.mass]
         columns += watched.unbind(dim=1)
         row = self._objective.step_class.sequences_per_row
         per_row = torch.stack(columns, dim=1).double().unflatten(0, (row, -1)).transpose(0, 1)
@@ -84,12 +84,11 @@ class EvaluationMixin(SamplesMixin, ThroughputMixin):
         columns = np.asarray(prediction.predictions, dtype=np.float64)
         rows = torch.from_numpy(columns).flatten(0, 1)
         check_finite(rows[:, :2], f"the evaluation after step {self.state.global_step}")
-        logps, ref_logps, labels, tokens, mass = rows[:, :5].unbind(dim=1)
-        is_positive = labels.bool()
-        step, loss = self._objective(logps, ref_logps, is_positive, tokens, mass)
+        logps, ref_logps, label, tokens, mass = rows[:, :5].unbind(dim=1)
+        step, loss = self._objective(logps, ref_logps, label, tokens, mass)
         metrics = {"loss": loss.item(), "num_tokens": float(self._tokens)}
-        metrics |= prediction_metrics(rows[:, 5:], is_positive, tokens)
-        if len(step.u) == 0 or len(step.v) == 0:
+        metrics |= prediction_metrics(rows[:, 5:], label == 1, tokens)
+        if not step.comparisons:
             LOG.warning("the evaluation set holds one label only: there is nothing to compare")
             return metrics
         metrics |= self._step_metrics(step)
@@ -145,6 +144,12 @@ def _paired(columns: np.ndarray, **common: Any) -> Scores:
 def _unpaired(columns: np.ndarray, **common: Any) -> Scores:
     """Scores of labelled rows from the rows of ``prediction_step``, [rows, 1, 7]."""
     logps, ref_logps, label, tokens = columns[:, 0, :4].T
+    graded = ((label != 0) & (label != 1)).any()
     return Scores.unpaired(
-        logps=logps, ref_logps=ref_logps, label=label.astype(bool), tokens=tokens, **common
+        logps=logps,
+        ref_logps=ref_logps,
+        label=label == 1,
+        tokens=tokens,
+        level=label if graded else None,
+        **common,
     )

@@ -1,25 +1,50 @@
-"""The order of labelled rows: both labels in every step."""
+"""The order of labelled rows: all labels in every step."""
 
 from typing import Any
 
+import numpy as np
+from axolotl.utils.logging import get_logger
 from transformers import Trainer
 
+from ..data import levels
 from ..data.sampler import StratifiedSampler
+
+LOG = get_logger("axolotl.aot_plugin.sampling")
 
 
 class StratifiedSamplingMixin(Trainer):
-    """Orders labelled rows so that every step has both labels (``StratifiedSampler``)."""
+    """Orders labelled rows so that every step has all labels (``StratifiedSampler``)."""
 
     args: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """A sampler of steps with both labels, unless the YAML asks for another order."""
+        """A sampler of steps with all labels, unless the YAML asks for another order."""
         self._refuse_single_rows()
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return StratifiedSampler(dataset["label"], self._step_rows(), seed)
+        found = levels(dataset)
+        self._warn_of_rare_levels(found)
+        return StratifiedSampler(found, self._step_rows(), seed)
+
+    def _warn_of_rare_levels(self, found: np.ndarray) -> None:
+        """Says which levels of graded rows some steps will not have."""
+        present, counts = np.unique(found, return_counts=True)
+        rows = self._step_rows() if self.args.aot_batch == "step" else self.args.train_batch_size
+        rare = [
+            f"level {level:.2g} ({count} of {len(found)} rows)"
+            for level, count in zip(present, counts, strict=True)
+            if count * rows < len(found)
+        ]
+        if rare and len(present) > 2:
+            LOG.warning(
+                "with %d rows sorted together, some steps have no rows of %s: there its neighbours "
+                "are compared with each other (`aot/levels` counts the levels of a step); use a "
+                "larger effective batch, or fewer thresholds",
+                rows,
+                ", ".join(rare),
+            )
 
     def _step_rows(self) -> int:
         """Number of rows of an optimizer step, over all ranks."""

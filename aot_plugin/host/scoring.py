@@ -15,7 +15,7 @@ from ..scoring.model_input import FIELDS, MORE, Batch
 from ..scoring.scorer import Scorer
 from ..scoring.settle import settle_layout
 from ..step.engine import MicroBatch
-from .row_weights import masses
+from .row_columns import masses
 from .speed import in_ddp, may_retry
 
 
@@ -33,7 +33,7 @@ class ScoringMixin(Trainer):
     _is_random = False
 
     def _labels(self, batch: Batch) -> Tensor:
-        """[sequences] bool: chosen or positive."""
+        """[sequences]: 1 for chosen or positive, 0 for rejected or negative; between, levels."""
         raise NotImplementedError
 
     def _cached_ref_logps(self, batch: Batch) -> Tensor | None:

@@ -42,6 +42,7 @@ class StepsMixin(EvaluationMixin):
     _scored_with: list[Tensor] | None = None
     _updates_checked = False
     _one_sided_steps = 0
+    _is_graded = False  # set by RowColumnsMixin
 
     @cached_property
     def _engine(self) -> StepEngine:
@@ -178,19 +179,22 @@ class StepsMixin(EvaluationMixin):
         metrics = self._metrics["train"]
         for name, value in predictions.items():
             metrics[name].append(value)
-        if len(step.u) == 0 or len(step.v) == 0:
+        if not step.comparisons:
             self._one_sided_steps += 1
             if self._one_sided_steps == 1:
+                lacks = "positive" if len(step.u) == 0 else "negative"
                 LOG.warning(
                     "step %d holds no %s rows, so there is nothing to compare; "
                     "`aot/one_sided_steps` counts such steps. A larger effective batch makes them "
                     "rare",
                     self.state.global_step + 1,
-                    "positive" if len(step.u) == 0 else "negative",
+                    "other level's" if self._is_graded else lacks,
                 )
         else:
             for name, value in self._step_metrics(step).items():
                 metrics[name].append(value)
+        if self._is_graded:
+            metrics["aot/levels"].append(float(len(step.comparisons) + 1))
         metrics["aot/one_sided_steps"] = [float(self._one_sided_steps)]
         metrics["aot/sorted_u"].append(float(len(step.u)))
         metrics["aot/sorted_v"].append(float(len(step.v)))

@@ -7,6 +7,7 @@ policy's log-probabilities; nothing else of the model is visible here.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -43,12 +44,13 @@ class PairedLogps:
         cls,
         logps: Tensor,
         ref_logps: Tensor,
-        is_positive: Tensor,
+        label: Tensor,
         tokens: Tensor,
         mass: Tensor | None = None,
     ) -> "PairedLogps":
-        """Pairs from 2n sequences: the i-th chosen one belongs to the i-th rejected one, and has
-        the same mass."""
+        """Pairs from 2n sequences: the i-th chosen one (label 1) belongs to the i-th rejected one
+        (label 0), and has the same mass."""
+        is_positive = label == 1
         columns = (logps, ref_logps, tokens)
         (chosen, ref_chosen, chosen_tokens), (rejected, ref_rejected, rejected_tokens) = (
             [column[rows] for column in columns] for rows in (is_positive, ~is_positive)
@@ -96,6 +98,11 @@ class PairedLogps:
         of u."""
         return self.chosen, self.chosen_tokens
 
+    @property
+    def comparisons(self) -> tuple["PairedLogps", ...]:
+        """The transport problems of the step: one."""
+        return (self,)
+
 
 @dataclass(frozen=True)
 class UnpairedLogps:
@@ -108,6 +115,8 @@ class UnpairedLogps:
         tokens: completion tokens, [n + m] float64.
         mass: relative masses of the rows, [n + m] float64; None if all are equal. Only ratios among
             the positive rows and among the negative ones matter: each sample has total mass 1.
+        level: levels of graded rows, [n + m] float64, from 0 to 1; None if there are none between.
+            The positive rows are those of the highest level.
     """
 
     sequences_per_row: ClassVar[int] = 1
@@ -117,17 +126,21 @@ class UnpairedLogps:
     is_positive: Tensor
     tokens: Tensor
     mass: Tensor | None = None
+    level: Tensor | None = None
 
     @classmethod
     def from_sequences(
         cls,
         logps: Tensor,
         ref_logps: Tensor,
-        is_positive: Tensor,
+        label: Tensor,
         tokens: Tensor,
         mass: Tensor | None = None,
     ) -> "UnpairedLogps":
-        return cls(logps, ref_logps, is_positive, tokens, unless_equal(mass))
+        """Rows from n + m sequences with labels 1 and 0 or, if they are graded, levels between."""
+        is_positive = label == 1
+        level = label if ((label != 0) & ~is_positive).any() else None
+        return cls(logps, ref_logps, is_positive, tokens, unless_equal(mass), level)
 
     @property
     def u(self) -> Tensor:
@@ -159,6 +172,25 @@ class UnpairedLogps:
         """Log-probabilities and completion tokens of the positive rows, whose masses are those of
         u."""
         return self.logps[self.is_positive], self.tokens[self.is_positive]
+
+    @property
+    def comparisons(self) -> tuple["UnpairedLogps", ...]:
+        """The transport problems of the step: each level that it has with the next lower one,
+        highest first; without levels one. None if all rows have one label or level."""
+        if self.level is None:
+            return (self,) if 0 < self.is_positive.sum() < len(self.is_positive) else ()
+        present = self.level.unique().flip(0)
+        return tuple(
+            self._rows((self.level == high) | (self.level == low), self.level == high)
+            for high, low in pairwise(present)
+        )
+
+    def _rows(self, rows: Tensor, is_positive: Tensor) -> "UnpairedLogps":
+        """Some of the rows, [n + m] bool, without levels."""
+        return UnpairedLogps(
+            *(self.logps[rows], self.ref_logps[rows], is_positive[rows], self.tokens[rows]),
+            mass=None if self.mass is None else unless_equal(self.mass[rows]),
+        )
 
 
 StepLogps = PairedLogps | UnpairedLogps
@@ -233,6 +265,19 @@ def of_means(loss: StepLoss) -> StepLoss:
     """``loss`` of per-token log-probabilities (``aot_score: mean``). Their sums over a response
     favour short responses; IPO and SimPO (arXiv 2405.14734, sec. 2.2) take the means as well."""
     return lambda step, options: loss(step.per_token(), options)
+
+
+def over_levels(loss: StepLoss) -> StepLoss:
+    """The mean of ``loss`` over the comparisons of a step: of graded rows, each level with the next
+    lower one that the step has; 0 if all rows have one level."""
+
+    def mean(step: StepLogps, options: LossOptions) -> Tensor:
+        if isinstance(step, PairedLogps) or step.level is None:
+            return loss(step, options)
+        losses = [loss(part, options) for part in step.comparisons]
+        return torch.stack(losses).mean() if losses else step.logps.sum() * 0.0
+
+    return mean
 
 
 def with_sft(loss: StepLoss) -> StepLoss:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..ot.second_order import STATISTICS
 from .comparison import Named, gaps, history, side_by_side
-from .plots import Panel, margins_panel, matplotlib_is_here, rewards_panel
+from .plots import (
+    Panel,
+    margins_panel,
+    matplotlib_is_here,
+    names_of,
+    quantile_figure,
+    rewards_panel,
+)
 from .samples import Samples
 from .summary import summarize
 
@@ -88,6 +95,7 @@ def comparison_page(
             lambda evaluation: rewards_panel(evaluation.scores),
             share_scale=len({evaluation.scores.beta for evaluation in latest}) == 1,
         ),
+        *_levels(latest, names, summaries),
         _reading(),
         "<h2>Length bias</h2>",
         "<p>Spearman correlation of reward and completion tokens, within the chosen and within "
@@ -109,6 +117,31 @@ def comparison_page(
         + "\n".join(body)
         + "\n</body></html>\n"
     )
+
+
+def _levels(
+    latest: Sequence[Named], names: Sequence[str], summaries: Sequence[Summary]
+) -> list[str]:
+    """The comparisons of neighbouring levels of graded rows."""
+    graded = [(e, n, s["levels"]) for e, n, s in zip(latest, names, summaries, strict=True)]
+    graded = [(evaluation, name, found) for evaluation, name, found in graded if found]
+    if not graded:
+        return []
+    rows = [
+        (f"{name} · level {found['high']:.2g} against {found['low']:.2g}", found)
+        for _, name, comparisons in graded
+        for found in comparisons
+    ]
+    parts = [
+        "<h2>Levels: each against the next lower one</h2>",
+        "<p>Log-ratios log π/π_ref of graded rows, from level 0 (the lowest) to 1 (the highest). "
+        "In the tables above, the highest level is compared with all others.</p>",
+        _dominance_table(*zip(*rows, strict=True)),
+        _second_order_table(*zip(*rows, strict=True)),
+    ]
+    if matplotlib_is_here():
+        parts += [_image(quantile_figure(e.scores), f"levels of {name}") for e, name, _ in graded]
+    return parts
 
 
 def _answers(run: str, samples: Sequence[Samples]) -> list[str]:
@@ -147,7 +180,7 @@ def _margins_or_logratios(evaluation: Named) -> Panel:
     scores = evaluation.scores
     if scores.is_paired:
         return margins_panel(scores)
-    names = ("positive", "negative")
+    names = names_of(scores)
     quantity = f"log-ratio log(π/π_ref) [{scores.unit}]"
     masses = scores.u_mass, scores.v_mass
     return Panel(scores.u, scores.v, names, quantity, "", scores.unit, masses)

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 from ..ot.coupling import FloatArray
 from ..ot.dominance import dominance_statistics, quantile_curve
 from ..ot.second_order import integrated_gap
-from .scores import Scores, write_atomically
+from .scores import Level, Scores, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,9 +72,16 @@ class Panel(NamedTuple):
     masses: tuple[FloatArray | None, FloatArray | None] = (None, None)
 
 
+def names_of(scores: Scores) -> tuple[str, str]:
+    """What the two samples of responses are called."""
+    if scores.is_paired:
+        return "chosen", "rejected"
+    return ("highest level", "lower levels") if scores.levels else ("positive", "negative")
+
+
 def rewards_panel(scores: Scores) -> Panel:
     """Panel (a): rewards of chosen and rejected (unpaired: positive and negative) completions."""
-    names = ("chosen", "rejected") if scores.is_paired else ("positive", "negative")
+    names = names_of(scores)
     return Panel(
         scores.chosen_rewards,
         scores.rejected_rewards,
@@ -176,28 +184,70 @@ def _level_axis(axes: Axes) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
 
 
-def draw_panels(panels: Sequence[Panel], title: str) -> Figure:
+def draw_levels(axes: Sequence[Axes], levels: Sequence[Level], unit: str) -> None:
+    """Draws the quantile functions of all levels, the darker the higher; below them, the gaps of
+    each level to the next lower one, and the integrals of the gaps. Gaps below 0 are violations.
+
+    Args:
+        axes: three, from the top.
+        levels: at least two, lowest first.
+        unit: of their values.
+    """
+    from matplotlib import colormaps
+
+    curves, gaps, integrals = axes
+    style: dict[str, Any] = {"baseline": None, "linewidth": 1.5}
+    colours = [colormaps["viridis"](0.9 * (1.0 - level.value)) for level in levels]
+    for level, colour in zip(levels, colours, strict=True):
+        values = (level.logratios, level.logratios, level.mass, level.mass)
+        at, x, _ = quantile_curve(*values)
+        name = f"level {level.value:.2g}, n = {len(level.logratios)}"
+        curves.stairs(x, at, color=colour, label=name, **style)
+    for (low, high), colour in zip(pairwise(levels), colours[1:], strict=True):
+        pair = (high.logratios, low.logratios, high.mass, low.mass)
+        at, x, y = quantile_curve(*pair)
+        gaps.stairs(x - y, at, color=colour, **style)
+        integrals.plot(*integrated_gap(*pair), color=colour, linewidth=1.5)
+    curves.legend(loc="upper left", fontsize=8, framealpha=0.8)
+    curves.set_title("(b) levels, 1 is the highest", loc="left", fontsize=8)
+    curves.set_ylabel(f"log-ratio log(π/π_ref) [{unit}]", fontsize=9)
+    gaps.set_ylabel(f"gap to the next\nlower [{unit}]", fontsize=9)
+    integrals.set_ylabel(f"integrated\n[{unit}]", fontsize=9)
+    integrals.set_xlabel("quantile level t", fontsize=9)
+    for axis in axes:
+        _level_axis(axis)
+    for axis in (gaps, integrals):
+        axis.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
+
+
+def draw_panels(
+    panels: Sequence[Panel], title: str, levels: Sequence[Level] = (), unit: str = "nats"
+) -> Figure:
     """Draws one column per panel: the quantile functions and, below them, their gap and its
-    integral.
+    integral; and one for all ``levels``, in ``unit``, if there are several.
 
     Raises:
         ImportError: without matplotlib.
         ValueError: if a sample is empty or not finite.
     """
-    figure = new_figure(5.2 * len(panels), 6.2)
+    columns = len(panels) + (len(levels) > 1)
+    figure = new_figure(5.2 * columns, 6.2)
     axes = figure.subplots(
-        3, len(panels), squeeze=False, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]}
+        3, columns, squeeze=False, sharex=True, gridspec_kw={"height_ratios": [3, 1, 1]}
     )
     for column, panel in enumerate(panels):
         draw_quantiles(axes[0, column], panel)
         draw_gap(axes[1, column], panel)
         draw_integrated_gap(axes[2, column], panel)
+    if len(levels) > 1:
+        draw_levels([row[-1] for row in axes], levels, unit)
     figure.suptitle(literal(title), fontsize=10)
     return figure
 
 
 def quantile_figure(scores: Scores) -> Figure:
-    """Draws the plot of one evaluation: panels (a) and (b) if paired, panel (a) if unpaired.
+    """Draws the plot of one evaluation: panels (a) and (b) if paired, panel (a) if unpaired, and
+    for graded rows the levels.
 
     Raises:
         ImportError: without matplotlib.
@@ -206,7 +256,7 @@ def quantile_figure(scores: Scores) -> Figure:
     panels = [rewards_panel(scores)]
     if scores.is_paired:
         panels.append(margins_panel(scores))
-    return draw_panels(panels, describe(scores))
+    return draw_panels(panels, describe(scores), scores.levels, scores.unit)
 
 
 def literal(text: str) -> str:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,11 +45,28 @@ COLUMNS: dict[str, dict[str, type]] = {
 WEIGHT = "weight"
 """Name of a further column, float64: relative masses of the rows, where they are not all equal."""
 
+LEVEL = "level"
+"""Name of a further column of unpaired evaluations, float64: levels of graded rows, 0 to 1."""
+
 UNITS = {"sum": "nats", "mean": "nats per token"}
 """Of what is compared, by ``aot_score``."""
 
 _METADATA_KEY = b"aot_plugin"
 _FORMAT = 1
+
+
+class Level(NamedTuple):
+    """The rows of one level of an evaluation.
+
+    Attributes:
+        value: from 0 (the lowest) to 1 (the highest).
+        logratios: log(pi/pi_ref), [n].
+        mass: relative masses, [n]; None if all rows have the same.
+    """
+
+    value: float
+    logratios: FloatArray
+    mass: FloatArray | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +83,8 @@ class Scores:
         beta: reward = beta * log-ratio.
         step: optimizer step at which the model was evaluated.
         eval_set: name of the evaluation set.
-        columns: arrays [n], one for each name in ``COLUMNS[mode]`` and perhaps ``WEIGHT``;
-            read-only copies.
+        columns: arrays [n], one for each name in ``COLUMNS[mode]`` and perhaps ``WEIGHT`` and
+            ``LEVEL``; read-only copies.
         score: what the statistics compare, whole completions ("sum") or per-token means ("mean").
     """
 
@@ -81,9 +98,8 @@ class Scores:
     def __post_init__(self) -> None:
         if self.mode not in COLUMNS:
             raise ValueError(f"mode: expected one of {sorted(COLUMNS)}, got {self.mode!r}")
-        expected = dict(COLUMNS[self.mode])
-        if WEIGHT in self.columns:
-            expected[WEIGHT] = np.float64
+        further = (WEIGHT, LEVEL) if self.mode == "unpaired" else (WEIGHT,)
+        expected = COLUMNS[self.mode] | {n: np.float64 for n in further if n in self.columns}
         if self.columns.keys() != expected.keys():
             raise ValueError(
                 f"columns of a {self.mode} evaluation are {sorted(expected)}, "
@@ -135,7 +151,7 @@ class Scores:
             "chosen_tokens": chosen_tokens,
             "rejected_tokens": rejected_tokens,
         }
-        columns = _with_weight(columns, weight)
+        columns = _with(columns, WEIGHT, weight)
         return cls("paired", float(beta), int(step), eval_set, columns, score)
 
     @classmethod
@@ -150,6 +166,7 @@ class Scores:
         label: ArrayLike,
         tokens: ArrayLike,
         weight: ArrayLike | None = None,
+        level: ArrayLike | None = None,
         score: ScoreKind = "sum",
     ) -> Scores:
         """Scores of n single completions.
@@ -161,6 +178,8 @@ class Scores:
             label: True for positive completions, [n].
             tokens: numbers of completion tokens, [n].
             weight: relative masses of the rows, [n]; None if all are equal.
+            level: levels of graded rows, [n], from 0 (the lowest) to 1 (``label`` True); None for
+                two labels.
 
         Raises:
             ValueError: if columns have different lengths.
@@ -171,7 +190,8 @@ class Scores:
             "label": label,
             "tokens": tokens,
         }
-        columns = _with_weight(columns, weight)
+        columns = _with(columns, WEIGHT, weight)
+        columns = _with(columns, LEVEL, level)
         return cls("unpaired", float(beta), int(step), eval_set, columns, score)
 
     @property
@@ -268,6 +288,19 @@ class Scores:
         return self.rejected_logratios
 
     @property
+    def levels(self) -> list[Level]:
+        """The levels of graded rows that the evaluation has, lowest first; none without grades."""
+        column = self.columns.get(LEVEL)
+        if column is None:
+            return []
+        weight, found = self.columns.get(WEIGHT), []
+        for value in np.unique(column):
+            rows = column == value
+            mass = None if weight is None else weight[rows]
+            found.append(Level(float(value), self._logratios[rows], mass))
+        return found
+
+    @property
     def stem(self) -> str:
         """<eval set>-step<step>, safe as part of a file name and different for every eval set."""
         return file_stem(self.eval_set, self.step)
@@ -329,8 +362,8 @@ def load_run(output_dir: str | os.PathLike[str]) -> list[Scores]:
     return sorted(map(Scores.load, paths), key=lambda scores: (scores.step, scores.eval_set))
 
 
-def _with_weight(columns: dict[str, Any], weight: ArrayLike | None) -> dict[str, Any]:
-    return columns if weight is None else {**columns, WEIGHT: weight}
+def _with(columns: dict[str, Any], name: str, column: ArrayLike | None) -> dict[str, Any]:
+    return columns if column is None else {**columns, name: column}
 
 
 def file_stem(eval_set: str, step: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypedDict
@@ -64,6 +65,9 @@ def summarize(scores: Scores, n_resamples: int = 1000, seed: int = 0) -> dict[st
         - ``accuracy``, ``accuracy_interval``: probability that a chosen reward exceeds a rejected
           one, with ties counted as one half, and its bootstrap interval. Paired: within the pairs.
           Unpaired: over all pairs of a positive with a negative (Mann and Whitney's U / (n m))
+        - ``levels``: for graded rows, the comparison of each level with the next lower one, highest
+          first: as ``margins``, and ``high`` and ``low``, the levels. ``margins`` and ``rewards``
+          compare the highest level with all others then
         - ``recoupled_fraction``: paired only, the share of rows whose u is compared with the v of
           another row, by rank (0: AOT's loss on these rows is the pairwise one)
         - ``length``: ``length_bias`` of chosen and of rejected completions separately, so that a
@@ -100,6 +104,7 @@ def summarize(scores: Scores, n_resamples: int = 1000, seed: int = 0) -> dict[st
         "recoupled_fraction": (
             recoupled_fraction(u.values, v.values, u.mass) if scores.is_paired else None
         ),
+        "levels": _levels(scores, options),
         "length": {
             "chosen": length_bias(chosen.values, scores.chosen_tokens),
             "rejected": length_bias(rejected.values, scores.rejected_tokens),
@@ -242,6 +247,17 @@ def _comparison(
             "test": second_order_test(*values, **options)._asdict() if alike else NO_TEST,
         },
     }
+
+
+def _levels(scores: Scores, options: _Options) -> list[dict[str, Any]]:
+    samples = [
+        (level.value, with_masses(level.logratios, level.mass, f"level {level.value:g}"))
+        for level in reversed(scores.levels)
+    ]
+    return [
+        {"high": high, "low": low, **_comparison(u, v, **options)}
+        for (high, u), (low, v) in pairwise(samples)
+    ]
 
 
 def _plain(value: Any) -> Any:

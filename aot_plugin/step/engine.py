@@ -54,7 +54,8 @@ class MicroBatch:
 
     Attributes:
         inputs: token ids and masks, and what belongs to images.
-        is_positive: [sequences] bool; True for a chosen (paired) or positive (unpaired) sequence.
+        label: [sequences]; 1 for a chosen (paired) or positive (unpaired) sequence, 0 for a
+            rejected or negative one, and between them the level of a graded one.
         tokens: [sequences] int64; completion tokens.
         mass: [sequences] float64; relative mass in the loss, the same for the sequences of a row,
             and 0 for a repeated row.
@@ -62,13 +63,13 @@ class MicroBatch:
     """
 
     inputs: Batch
-    is_positive: Tensor
+    label: Tensor
     tokens: Tensor
     mass: Tensor
     ref_logps: Tensor | None
 
     def __len__(self) -> int:
-        return len(self.is_positive)
+        return len(self.label)
 
     def reference_logps(self, scorer: Scorer, policy: nn.Module | None = None) -> Tensor:
         """``ref_logps``, or those that the reference gives now (``policy`` as in ``Scorer``)."""
@@ -78,10 +79,10 @@ class MicroBatch:
 
     def take(self, rows: Sequence[int], inputs: Batch) -> "MicroBatch":
         """The sequences ``rows`` of this batch, with ``inputs`` as their token ids and masks."""
-        index = torch.as_tensor(rows, device=self.is_positive.device)
+        index = torch.as_tensor(rows, device=self.label.device)
         ref_logps = None if self.ref_logps is None else self.ref_logps[index]
         return MicroBatch(
-            inputs, self.is_positive[index], self.tokens[index], self.mass[index], ref_logps
+            inputs, self.label[index], self.tokens[index], self.mass[index], ref_logps
         )
 
 
@@ -106,13 +107,13 @@ class Objective:
         self,
         logps: Tensor,
         ref_logps: Tensor,
-        is_positive: Tensor,
+        label: Tensor,
         tokens: Tensor,
         mass: Tensor | None = None,
     ) -> tuple[StepLogps, Tensor]:
         """The sequences as pairs or labelled rows, and their loss, [] float64, for float64
         log-probabilities [sequences]."""
-        step = self.step_class.from_sequences(logps, ref_logps, is_positive, tokens, mass)
+        step = self.step_class.from_sequences(logps, ref_logps, label, tokens, mass)
         return step, self.loss(step, self.options)
 
 
@@ -335,7 +336,7 @@ class StepEngine:
         step = _joined(batches)
         groups = self._plan(batches, step)
         carries = [self._carry(group.kind, group.batch) for group in groups]
-        logps = torch.empty(len(step), device=step.is_positive.device)
+        logps = torch.empty(len(step), device=step.label.device)
         ref_logps = torch.empty_like(logps)
         watched = logps.new_empty(len(step), 2)
 
@@ -422,7 +423,7 @@ class StepEngine:
 
     def _carry(self, kind: str, batch: MicroBatch) -> Carry:
         if kind == HOLD:
-            signs = torch.where(batch.is_positive == batch.is_positive[0], 1.0, -1.0)
+            signs = torch.where(batch.label == batch.label[0], 1.0, -1.0)
             return HoldGradient(self._scorer, batch.inputs, signs, trainable(self._model))
         return (KeepGraph if kind == KEEP else Rescore)(self._scorer, batch.inputs)
 
@@ -436,7 +437,7 @@ class StepEngine:
         if self._graphs.covers(width):
             scored = carry.score(wrapped=False)
         else:
-            with measured(group.batch.is_positive.device) as made:
+            with measured(group.batch.label.device) as made:
                 scored = carry.score(wrapped=False)
             self._graphs.learn(rows, width, made.nbytes)
         self._record.kept_bytes += int(self._graphs.predict(rows, width))
@@ -447,7 +448,7 @@ class StepEngine:
     ) -> Tensor:
         """Stage 2: dL/dlogp of this rank's sequences, [sequences] float32, multiplied by what the
         host divides by (micro-batches x ranks). Repeated rows get 0."""
-        columns = [logps.detach(), ref_logps, batch.is_positive, batch.tokens, batch.mass]
+        columns = [logps.detach(), ref_logps, batch.label, batch.tokens, batch.mass]
         rows = torch.cat([torch.stack(columns, dim=1), watched], dim=1).double()
         mine = slice(0, len(rows))
         if self._objective.whole_step:
@@ -460,18 +461,18 @@ class StepEngine:
         self._loss = 0.0
         if counts.any():
             counted = rows[counts]
-            leaf, ref_logps, labels, tokens, mass = counted[:, :5].unbind(dim=1)
-            is_positive, leaf = labels.bool(), leaf.clone().requires_grad_()
+            leaf, ref_logps, label, tokens, mass = counted[:, :5].unbind(dim=1)
+            leaf = leaf.clone().requires_grad_()
             with torch.enable_grad():
-                solved, loss = self._objective(leaf, ref_logps, is_positive, tokens, mass)
+                solved, loss = self._objective(leaf, ref_logps, label, tokens, mass)
                 (gradient[counts],) = torch.autograd.grad(loss, leaf)
             # The host averages: over equal values of one problem, or over one problem each.
             whole = self._objective.whole_step
             self._loss = loss.item() * (1 if whole else averaged / self._problems)
-            self._report(solved, prediction_metrics(counted[:, 5:], is_positive, tokens))
+            self._report(solved, prediction_metrics(counted[:, 5:], label == 1, tokens))
             if is_watched():
                 own = batch.mass > 0
-                positives = int((batch.is_positive & own).sum())
+                positives = int(((batch.label == 1) & own).sum())
                 sizes = len(solved.u), len(solved.v), positives, int(own.sum())
                 self._record.problems.append(Problem(*sizes))
         return (gradient[mine] * (averaged / self._problems)).to(logps.dtype)
@@ -494,7 +495,7 @@ def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
     return replace(
         batches[0],
         inputs={},
-        is_positive=torch.cat([batch.is_positive for batch in batches]),
+        label=torch.cat([batch.label for batch in batches]),
         tokens=torch.cat([batch.tokens for batch in batches]),
         mass=torch.cat([batch.mass for batch in batches]),
         ref_logps=torch.cat(cached) if cached else None,

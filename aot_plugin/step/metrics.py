@@ -1,5 +1,8 @@
 """Logged metrics of a step or an evaluation."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from ..ot.coupling import recoupled_fraction
@@ -21,6 +24,9 @@ def step_metrics(
     """Dominance of U over V, the negative log-likelihood per token of chosen or positive responses,
     and the reward metrics that TRL's trainers log, all with the rows' masses.
 
+    Of graded rows, dominance is the mean over the comparisons of neighbouring levels, and rewards
+    are those of the highest level and of all others.
+
     Args:
         step: log-probabilities of whole responses, in nats.
         beta: reward = beta x logratio.
@@ -28,29 +34,37 @@ def step_metrics(
             or their means (nats per token). ``logps/*`` are of whole responses in any case.
         order: of dominance; "second" adds the statistics of second order.
 
+
     Raises:
-        ValueError: if U or V is empty.
+        ValueError: if the step has no ``comparisons``.
     """
+    if not step.comparisons:
+        raise ValueError("all rows of the step have one label")
     whole, step = step, compared(step, score)
-    u, v = step.u.detach(), step.v.detach()
-    arrays = u.cpu().numpy(), v.cpu().numpy()
-    u_mass, v_mass = (None if m is None else m.cpu().numpy() for m in (step.u_mass, step.v_mass))
-    stats = dominance_statistics(*arrays, u_mass, v_mass)
+    compare: list[Callable[..., dict[str, float]]] = [dominance_statistics]
     if order == "second":
-        stats |= second_order_statistics(*arrays, u_mass, v_mass)
-    metrics = {f"aot/{name}": value for name, value in stats.items()}
+        compare.append(second_order_statistics)
+    comparisons = [_samples(part) for part in step.comparisons]
+    metrics = {
+        f"aot/{name}": sum(values) / len(values)
+        for statistics in compare
+        for name, values in _by_name([statistics(*samples) for samples in comparisons]).items()
+    }
     metrics["aot/nll"] = negative_log_likelihood(whole).item()
     if isinstance(step, PairedLogps):
-        metrics["aot/recoupled_fraction"] = recoupled_fraction(*arrays, u_mass)
+        u, v, mass, _ = comparisons[0]
+        metrics["aot/recoupled_fraction"] = recoupled_fraction(u, v, mass)
         chosen = (step.chosen - step.ref_chosen).detach() * beta
         rejected = (step.rejected - step.ref_rejected).detach() * beta
         metrics["rewards/accuracies"] = _mean((chosen > rejected).double(), step.mass)
     else:
-        chosen, rejected = u * beta, v * beta
+        chosen, rejected = step.u.detach() * beta, step.v.detach() * beta
     if isinstance(whole, PairedLogps):
         good, bad = whole.chosen, whole.rejected
     else:
         good, bad = whole.logps[whole.is_positive], whole.logps[~whole.is_positive]
+    if len(good) == 0 or len(bad) == 0:
+        return metrics  # of graded rows, none of the highest level
     metrics["logps/chosen"] = _mean(good, step.u_mass)
     metrics["logps/rejected"] = _mean(bad, step.v_mass)
     metrics["rewards/chosen"] = _mean(chosen, step.u_mass)
@@ -78,6 +92,16 @@ def prediction_metrics(watched: Tensor, is_positive: Tensor, tokens: Tensor) -> 
     if (of_all := tokens.sum()) > 0:
         found["entropy"] = (watched[:, 1].sum() / of_all).item()
     return found
+
+
+def _samples(step: StepLogps) -> tuple[Any, ...]:
+    """U, V and their masses, None if all are equal, as arrays."""
+    tensors = (step.u, step.v, step.u_mass, step.v_mass)
+    return tuple(None if x is None else x.detach().cpu().numpy() for x in tensors)
+
+
+def _by_name(found: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [each[name] for each in found] for name in found[0]}
 
 
 def _mean(x: Tensor, mass: Tensor | None) -> float:

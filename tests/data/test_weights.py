@@ -16,7 +16,7 @@ from aot_plugin.data.freshness import load_fresh
 from aot_plugin.data.loading import load_datasets
 from aot_plugin.data.rows import RowError
 from aot_plugin.data.weights import parse_weight
-from aot_plugin.host.row_weights import WeighingCollator, masses
+from aot_plugin.host.row_columns import ColumnsCollator, masses
 
 PAIRS = [
     {"prompt": f"Question {i}", "chosen": f"Yes {i}.", "rejected": f"No {i}.", "trust": weight}
@@ -216,7 +216,7 @@ def test_another_column_of_weights_prepares_the_rows_anew(config: Any, entry: An
 
 
 def test_a_batch_carries_the_masses_of_its_sequences() -> None:
-    collate = WeighingCollator(DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=8))
+    collate = ColumnsCollator(DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=8))
     assert collate.pad_to_multiple_of == 8
     rows = [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}] * 3
     weighted = [row | {WEIGHT: weight} for row, weight in zip(rows, (0.1, None, 2.0), strict=True)]

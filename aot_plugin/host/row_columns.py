@@ -1,4 +1,4 @@
-"""Weights of rows on their way from the prepared column into a batch.
+"""Weights and levels of rows on their way from the prepared columns into a batch.
 
 TRL's collators build a batch out of the columns that they know. As with cached reference
 log-probabilities, a further one becomes a tensor of the batch.
@@ -12,15 +12,16 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor
 from transformers import Trainer
 
-from ..data import WEIGHT
+from ..data import LEVEL, WEIGHT, level_of
 from ..ot.losses import LOSSES
 from ..scoring.model_input import Batch
 
 LOG = get_logger("axolotl.aot_plugin.weights")
 
 
-class WeighingCollator:
-    """A collator that adds the rows' weights, [rows] float64, to the batches of another one.
+class ColumnsCollator:
+    """A collator that adds the rows' weights and levels, each [rows] float64, to the batches of
+    another one.
 
     Args:
         collate: TRL's collator.
@@ -36,6 +37,8 @@ class WeighingCollator:
             # Null in rows of entries without `field_weight`.
             weights = [1.0 if row[WEIGHT] is None else row[WEIGHT] for row in rows]
             batch[WEIGHT] = torch.tensor(weights, dtype=torch.float64)
+        if LEVEL in rows[0]:
+            batch[LEVEL] = torch.tensor([level_of(row) for row in rows], dtype=torch.float64)
         return batch
 
 
@@ -50,22 +53,26 @@ def masses(batch: Batch) -> Tensor:
     return weights.repeat(len(ids) // len(weights))
 
 
-class RowWeightsMixin(Trainer):
-    """Takes the rows' weights into the batches of a trainer, if its datasets have any."""
+class RowColumnsMixin(Trainer):
+    """Takes the rows' weights and levels into a trainer's batches, if its datasets have any."""
 
     args: Any
     train_dataset: Any
     eval_dataset: Any
     _signature_columns: Any
+    _is_graded: bool
 
-    def _read_weights(self) -> None:
+    def _read_columns(self) -> None:
         """To be called when the trainer is built."""
         evaluated = self.eval_dataset
         parts = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
         datasets = [part for part in (self.train_dataset, *parts) if part is not None]
-        if not any(WEIGHT in dataset.column_names for dataset in datasets):
+        found = {name for dataset in datasets for name in dataset.column_names} & {WEIGHT, LEVEL}
+        self._is_graded = LEVEL in found
+        if found:
+            self.data_collator: Any = ColumnsCollator(self.data_collator)
+        if WEIGHT not in found:
             return
-        self.data_collator: Any = WeighingCollator(self.data_collator)
         LOG.info("the rows have weights (`field_weight`)")
         if self.args.aot_loss not in LOSSES:
             LOG.warning(
@@ -77,4 +84,4 @@ class RowWeightsMixin(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if WEIGHT not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, WEIGHT]
+            self._signature_columns = [*self._signature_columns, WEIGHT, LEVEL]
