@@ -97,6 +97,7 @@ def transport_value(
     else:
         (u_sorted, u_order), (v_sorted, v_order) = torch.sort(u), torch.sort(v)
         masses = _in_order(u_mass, u_order), _in_order(v_mass, v_order)
+        u_sorted, v_sorted = _ties_shared(u_sorted, masses[0]), _ties_shared(v_sorted, masses[1])
         coupling = monotone_coupling(len(u), len(v), *masses)
     arrays = (coupling.u_index, coupling.v_index, coupling.mass)
     i, j, mass = (torch.from_numpy(array).to(u.device) for array in arrays)
@@ -136,6 +137,20 @@ def integral_over_lines(
         x = left[:, None] + (right - left)[:, None] * (1 + nodes) / 2
         total = total + (right - left) / 2 * (cost(start[:, None] + slope[:, None] * x) @ weights)
     return total
+
+
+def _ties_shared(x: Tensor, mass: FloatArray | None) -> Tensor:
+    """Sorted x [n] itself, but equal values share their gradient in proportion to their masses [n].
+
+    They are one atom. Which of them comes first is up to the order of the rows, and in second order
+    the first ones would get the largest weights (at the start all logratios are 0).
+    """
+    _, atom = torch.unique_consecutive(x.detach(), return_inverse=True)
+    masses = torch.ones_like(x) if mass is None else torch.from_numpy(mass).to(x)
+    total = torch.zeros_like(masses).index_add(0, atom, masses)[atom]
+    share = masses / torch.where(total > 0, total, 1.0)
+    mean = torch.zeros_like(x).index_add(0, atom, share * x)[atom]
+    return x.detach() + (mean - mean.detach())
 
 
 def _in_order(mass: Tensor | None, order: Tensor) -> FloatArray | None:

@@ -88,6 +88,24 @@ def test_the_worst_responses_get_the_weight() -> None:
     assert (gradient[1:] > gradient[:-1]).all() and gradient[-1] < 0
 
 
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.parametrize(
+    "masses", [None, [1.0, 3.0, 2.0, 2.0, 1.0, 1.0]], ids=["alike", "weighted"]
+)
+def test_equal_values_share_their_gradient(order: Any, masses: list[float] | None) -> None:
+    """Before the first step all logratios are 0, and the order of the rows must not matter."""
+    mass = None if masses is None else torch.tensor(masses).double()
+    logps = torch.tensor([0.0, 0.0, 5.0, 0.0, 0.0, -3.0]).double().requires_grad_()
+    is_positive = torch.tensor([True, True, True, False, False, False])
+    step = UnpairedLogps(logps, torch.zeros(6).double(), is_positive, torch.ones(6).double(), mass)
+    options = LossOptions(PENALTIES["logistic"], 0.4, order=order)
+    (gradient,) = torch.autograd.grad(transport(step, options), logps)
+    per_mass = gradient if mass is None else gradient / mass
+    assert per_mass[0] == pytest.approx(per_mass[1])
+    assert per_mass[3] == pytest.approx(per_mass[4])
+    assert gradient.abs().min() > 0
+
+
 @given(samples, samples)
 def test_statistics_are_integrals(u: np.ndarray, v: np.ndarray) -> None:
     found = second_order_statistics(u, v)
