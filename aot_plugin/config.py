@@ -202,16 +202,19 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
     ``trainer_cls``. So data, adapters, reference model and validation are the host's own.
 
     Returns:
-        The keys to set. Empty for a config with another ``rl``; only keys of the adapter for a
-        config that is desugared already.
+        The keys to set. Empty for a config with another ``rl``; for a config that is desugared
+        already, keys of the adapter, and the entries in the form that the host's validation keeps.
 
     Raises:
         ValueError: naming the key, what is wrong with it, and what to write instead.
     """
     rl = cfg.get("rl")
     if is_desugared(cfg) and rl != "aot":
+        from .data import kept_entries
+
         _check_desugared(cfg)
-        return adapter_updates(cfg)
+        # A worker of Ray gets the validated config as a dictionary, and validates it again.
+        return adapter_updates(cfg) | kept_entries(cfg)
     written = {
         k: v
         for k, v in cfg.items()

@@ -30,7 +30,7 @@ the host resolves to a function of this package (``strategy_factory``).
 """
 
 from .accounting import check_labels
-from .entries import resolve_datasets, resolve_unpaired_datasets
+from .entries import kept_entries, resolve_datasets, resolve_unpaired_datasets
 from .levels import LEVEL, level_of, levels
 from .strategy import strategy_factory
 from .tokens import is_text, prepare_tokens
@@ -41,6 +41,7 @@ __all__ = [
     "WEIGHT",
     "check_labels",
     "is_text",
+    "kept_entries",
     "level_of",
     "levels",
     "prepare_tokens",

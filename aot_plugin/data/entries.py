@@ -50,6 +50,21 @@ def resolve_datasets(cfg: Mapping[str, Any], mode: str) -> dict[str, Any]:
     return updates
 
 
+def kept_entries(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """``datasets`` of a config that ``resolve_datasets`` has rewritten and the host has validated,
+    in the form that another validation does not reduce either; empty if they are in it."""
+    from .host_schema import kept_by_host
+
+    entries = cfg.get("datasets") or []
+    kept = [
+        kept_by_host({k: v for k, v in plain(entry).items() if v is not None}, cfg["aot_mode"])
+        if isinstance(entry, Mapping)
+        else entry
+        for entry in entries
+    ]
+    return {} if kept == entries else {"datasets": kept}
+
+
 def resolve_unpaired_datasets(
     entries: Sequence[Any], where: str = "datasets"
 ) -> tuple[list[Any], dict[str, dict[str, Any]]]:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axolotl.cli.config import load_cfg
+from axolotl.cli.config import load_cfg, prepare_plugins
+from axolotl.utils.config import validate_config
+from axolotl.utils.dict import DictDefault
 from harness import config, write_config
 
 from aot_plugin.config import (
@@ -161,6 +163,22 @@ def test_an_error_leaves_the_users_keys(yaml_path: Path, tiny_model: Path) -> No
     assert cfg["rl"] == "dpo"
     plugin.on_config_validation_error(cfg)
     assert cfg == before
+
+
+@pytest.mark.parametrize("kind", ["chatml.default", "chat_template.default"])
+def test_a_worker_of_ray_validates_again(
+    kind: str, yaml_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets the validated config as a dictionary; no key of an entry must get lost there."""
+    monkeypatch.chdir(tiny_model.parent)
+    entry = {"path": "rows.jsonl", "ds_type": "json", "type": kind}
+    entry |= {"field_weight": "trust", "weight": 2.5, "shards": 2}
+    driver = load(yaml_path, datasets=[entry])
+    worker = DictDefault(driver.to_dict() | {"batch_size": None})
+    prepare_plugins(worker)
+    worker = validate_config(worker)
+    assert [dict(e) for e in worker.datasets] == [dict(e) for e in driver.datasets]
+    assert (worker.datasets[0].weight, worker.datasets[0].ds_type) == (2.5, "json")
 
 
 def test_a_flag_that_the_hosts_command_swallows_is_refused(
