@@ -87,7 +87,7 @@ class EvaluationMixin(SamplesMixin, ThroughputMixin):
         logps, ref_logps, label, tokens, mass = rows[:, :5].unbind(dim=1)
         step, loss = self._objective(logps, ref_logps, label, tokens, mass)
         metrics = {"loss": loss.item(), "num_tokens": float(self._tokens)}
-        metrics |= prediction_metrics(rows[:, 5:], label == 1, tokens)
+        metrics |= prediction_metrics(rows[:, 5:], label == 1, tokens, mass)
         if not step.comparisons:
             LOG.warning("the evaluation set holds one label only: there is nothing to compare")
             return metrics

@@ -469,7 +469,7 @@ class StepEngine:
             # The host averages: over equal values of one problem, or over one problem each.
             whole = self._objective.whole_step
             self._loss = loss.item() * (1 if whole else averaged / self._problems)
-            self._report(solved, prediction_metrics(counted[:, 5:], label == 1, tokens))
+            self._report(solved, prediction_metrics(counted[:, 5:], label == 1, tokens, mass))
             if is_watched():
                 own = batch.mass > 0
                 positives = int(((batch.label == 1) & own).sum())

@@ -73,24 +73,29 @@ def step_metrics(
     return metrics
 
 
-def prediction_metrics(watched: Tensor, is_positive: Tensor, tokens: Tensor) -> dict[str, float]:
-    """What TRL's trainers log of the policy's predictions, as means over completion tokens.
+def prediction_metrics(
+    watched: Tensor, is_positive: Tensor, tokens: Tensor, mass: Tensor
+) -> dict[str, float]:
+    """What TRL's trainers log of the policy's predictions, as means over completion tokens, each of
+    which counts with the mass of its row.
 
     Args:
         watched: [sequences, 2]; how many completion tokens are the most probable ones, and the sum
             of the entropies at completion tokens, in nats.
         is_positive: [sequences] bool.
         tokens: [sequences]; completion tokens.
+        mass: [sequences]; relative masses.
 
     Returns:
         ``mean_token_accuracy`` of chosen or positive responses and ``entropy`` of all responses;
         without one that has no tokens to be the mean of.
     """
     found = {}
+    (hits, entropies), tokens = (watched * mass[:, None]).unbind(dim=1), tokens * mass
     if (positive := tokens[is_positive].sum()) > 0:
-        found["mean_token_accuracy"] = (watched[is_positive, 0].sum() / positive).item()
+        found["mean_token_accuracy"] = (hits[is_positive].sum() / positive).item()
     if (of_all := tokens.sum()) > 0:
-        found["entropy"] = (watched[:, 1].sum() / of_all).item()
+        found["entropy"] = (entropies.sum() / of_all).item()
     return found
 
 

@@ -99,7 +99,7 @@ def test_whole_weights_are_rows_repeated_as_often(
 def assert_same_statistics(run: Run, repeated: Run) -> None:
     """What is logged in training and evaluation, apart from counts, bootstraps and the clock."""
     parts, uncompared = (
-        ("logps/", "rewards/", "aot/", "loss"),
+        ("logps/", "rewards/", "aot/", "loss", "entropy", "mean_token_accuracy"),
         ("sorted_", "_low", "_high", "recoupled", "tokens_per_second"),
     )
     compared = {
@@ -109,6 +109,7 @@ def assert_same_statistics(run: Run, repeated: Run) -> None:
         if any(part in key for part in parts) and not any(part in key for part in uncompared)
     }
     assert {"eval_loss", "eval_aot/w1", "aot/gap_q50", "rewards/margins"} <= compared
+    assert {"entropy", "eval_entropy", "mean_token_accuracy"} <= compared
     for key in compared:
         expected = pytest.approx(repeated.logged(key), rel=1e-3, abs=2e-4)
         assert run.logged(key) == expected, key
