@@ -17,8 +17,9 @@ from aot_plugin.ot.dominance import dominance_statistics
 from aot_plugin.ot.losses import LossOptions, UnpairedLogps, transport
 from aot_plugin.ot.penalties import logistic
 
-COLUMNS = 5
-"""Per sequence: log-probability, reference log-probability, label, tokens, mass; float64."""
+COLUMNS = 7
+"""Per sequence: log-probability, reference log-probability, label, tokens, mass, and two
+numbers for the log; float64."""
 
 
 def seconds(work: Callable[[], Any], least: float = 0.5) -> float:

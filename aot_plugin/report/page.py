@@ -75,8 +75,10 @@ def comparison_page(
     body = [
         "<h1>Dominance report</h1>",
         f"<p>{_t(len(latest))} evaluation(s). Intervals in brackets are 95 % bootstrap intervals "
-        f"from {_t(n_resamples)} resamples. Log-probabilities are of whole completions, in nats; "
-        "those of a run with <code>aot_score: mean</code> are divided by its tokens.</p>",
+        f"from {_t(n_resamples)} resamples. Log-probabilities are of whole completions, in nats. "
+        "In evaluations that a run wrote while it trained they are what its loss compares: divided "
+        "by the tokens with <code>aot_score: mean</code>, with less weight for the excess of a "
+        "longer response with <code>dpo_ld_alpha</code>.</p>",
         *_on_weights(names, summaries),
         _evaluations_table(names, summaries),
         "<h2>Margins: what AOT compares</h2>",
