@@ -249,8 +249,7 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
             )
     if args.aot_sort_epsilon is not None and args.aot_sort != "soft":
         raise ValueError("`aot_sort_epsilon` needs `aot_sort: soft`")
-    if args.aot_sort == "soft":
-        _check_soft_sort(cfg)
+    _check_row_weights(cfg, args)
     if args.aot_grades is not None:
         _check_grades(args)
 
@@ -337,14 +336,19 @@ def _check_entries(cfg: Mapping[str, Any]) -> None:
                 )
 
 
-def _check_soft_sort(cfg: Mapping[str, Any]) -> None:
+def _check_row_weights(cfg: Mapping[str, Any], args: AOTInputArgs) -> None:
+    alone = args.aot_batch == "micro_batch" and _number(cfg.get("micro_batch_size", 1)) == 1
+    reasons = {
+        "with `aot_sort: soft`, which mixes neighbouring rows as if they counted alike; write "
+        "`aot_sort: hard`": args.aot_sort == "soft",
+        "with `aot_batch: micro_batch` and `micro_batch_size: 1`: only ratios of weights within a "
+        "micro-batch matter; remove `aot_batch`, or write a larger `micro_batch_size`": alone,
+    }
     for where in ("datasets", "test_datasets"):
         for index, entry in enumerate(cfg.get(where) or []):
-            if entry.get("field_weight") is not None:
-                raise ValueError(
-                    f"`{where}[{index}].field_weight` can't be used with `aot_sort: soft`, which "
-                    "mixes neighbouring rows as if they counted alike; write `aot_sort: hard`"
-                )
+            for reason, holds in reasons.items():
+                if holds and entry.get("field_weight") is not None:
+                    raise ValueError(f"`{where}[{index}].field_weight` can't be used {reason}")
 
 
 def _check_grades(args: AOTInputArgs) -> None:

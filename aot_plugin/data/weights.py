@@ -6,6 +6,7 @@ column of ours; it is null in rows of entries without ``field_weight``, which we
 
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ def parse_weight(row: Row, field: str) -> float:
         RowError: if there is no such column, or its value is not a finite number of at least 0.
     """
     value = cell(row, field)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Databases export numbers as decimals.
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
         raise RowError(
             f"`{field}`: {value!r} is not a weight; write a number above 0 (1 is the weight of "

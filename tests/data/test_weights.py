@@ -1,5 +1,6 @@
 """``field_weight`` through the host's loading: all forms of types, what is dropped or refused."""
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +162,12 @@ def test_a_row_without_a_weight_is_named(
     assert place in str(error.value), error.value
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -0.5])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -0.5, Decimal("nan"), Decimal(-1)])
 def test_what_json_has_no_number_for_is_no_weight(bad: float) -> None:
     with pytest.raises(RowError, match="is not a weight"):
         parse_weight({"trust": bad}, "trust")
-    assert [parse_weight({"trust": w}, "trust") for w in (0, 2, 0.25)] == [0.0, 2.0, 0.25]
+    good = (0, 2, 0.25, Decimal("1.50"))
+    assert [parse_weight({"trust": w}, "trust") for w in good] == [0.0, 2.0, 0.25, 1.5]
 
 
 @pytest.mark.parametrize("kind", ["chat_template.default", None], ids=str)
@@ -183,6 +185,10 @@ def test_a_type_that_removes_all_columns_is_refused(config: Any, entry: Any) -> 
     ("keys", "message"),
     [
         ({"aot_sort": "soft"}, r"`datasets\[0\].field_weight` can't be used with `aot_sort: soft`"),
+        (
+            {"aot_batch": "micro_batch", "micro_batch_size": 1},
+            r"`datasets\[0\].field_weight` can't be used .* and `micro_batch_size: 1`",
+        ),
         ({"kto_desirable_weight": 2.0}, "each have total mass 1.*`field_weight`"),
         ({"desirable_weight": 2.0}, "each have total mass 1.*`field_weight`"),
     ],
