@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .data import LEVEL, WEIGHT, is_text, prepare_tokens
 from .host.adapters import policy_to_start_from, refuse_another_start, save_adapter_only
-from .host.checks import refuse_inexact
+from .host.checks import refuse_inexact, warn_of_unread_options
 from .host.images import ImageCollator
 from .host.loaded_models import loaded_after
 from .host.model_card import PAPER, ModelCardMixin
@@ -58,6 +58,7 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowColumnsMixin, ModelCardMix
         if self._is_vision_dataset:
             self.data_collator = ImageCollator(self.data_collator, self.args.max_length)
         self._read_columns()
+        warn_of_unread_options(self.args, self._is_weighted)
         refuse_inexact(self)
         refuse_uneven_ranks(self.accelerator)
         refuse_unlike_rows(self.train_dataset, self.eval_dataset)

@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
@@ -51,7 +52,7 @@ def is_missing(value: Any) -> bool:
     """Whether a cell holds no label or rating."""
     if isinstance(value, str):
         return value.strip().lower() in MISSING
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
 def parse_label(value: Any) -> bool | Drop:
@@ -89,7 +90,8 @@ def parse_number(value: Any) -> float | Drop:
     """
     if is_missing(value):
         return Drop.UNLABELED
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
+    # Databases export numbers as decimals.
+    if isinstance(value, int | float | str | Decimal) and not isinstance(value, bool):
         try:
             return float(value)
         except ValueError:

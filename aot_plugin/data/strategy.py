@@ -163,10 +163,20 @@ def outcomes(
     for number, row in zip(known, rows, strict=False):
         with _naming(resolved, number):
             found = list(strategy.examples(row, options))
-            if options.field_weight:
+            if not options.field_weight:
+                _refuse_weights(found)
+            else:
                 weight = parse_weight(row, options.field_weight)
                 found = [_with_weight(outcome, weight) for outcome in found]
         yield number, found
+
+
+def _refuse_weights(found: list[Outcome]) -> None:
+    if any(isinstance(outcome, Example) and outcome.weight != 1 for outcome in found):
+        raise RowError(
+            "its strategy gives an example a weight of its own; weights come from a column of the "
+            "rows, which `field_weight` names"
+        )
 
 
 def _with_weight(outcome: Outcome, weight: float) -> Outcome:

@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..ot.losses import LOSSES
 from ..scoring.model_input import FIELDS, MORE, Batch
 from ..scoring.scorer import Scorer
 from ..step.engine import MicroBatch
+
+LOG = get_logger("axolotl.aot_plugin.checks")
 
 TIMES_NOISE = 5
 """How many times the measured rounding two computations of the same number may differ."""
@@ -189,6 +193,30 @@ def refuse_inexact(trainer: Any) -> None:
             "the mixture-of-experts auxiliary loss (coefficient "
             f"{trainer.router_aux_loss_coef}) is a mean over micro-batches and can't be exact over "
             "a step; write `overrides_of_model_config: {router_aux_loss_coef: 0.0}`"
+        )
+
+
+def warn_of_unread_options(args: Any, weighted: bool) -> None:
+    """Says what a loss of another package must read itself, since only it knows whether it does.
+
+    Args:
+        args: the training arguments.
+        weighted: whether the rows have weights.
+    """
+    if args.aot_loss in LOSSES:
+        return
+    asked = {
+        "`field_weight`, as `step.u_mass` and `step.v_mass`": weighted,
+        f"`aot_order: {args.aot_order}`, as `options.order`": args.aot_order != "first",
+        f"`aot_sort: {args.aot_sort}`, as `options.sort`": args.aot_sort != "hard",
+        "`aot_label_smoothing`, as `options.label_smoothing`": args.aot_label_smoothing,
+    }
+    if unread := [key for key, holds in asked.items() if holds]:
+        LOG.warning(
+            "`aot_loss: %s` is of another package: it must read %s; if it does not, the run trains "
+            "without (docs/extending.md)",
+            args.aot_loss,
+            ", and ".join(unread),
         )
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import Trainer
 
 from ..data import LEVEL, WEIGHT, level_of
-from ..ot.losses import LOSSES
 from ..scoring.model_input import Batch
 
 LOG = get_logger("axolotl.aot_plugin.weights")
@@ -60,7 +59,8 @@ class RowColumnsMixin(Trainer):
     train_dataset: Any
     eval_dataset: Any
     _signature_columns: Any
-    _is_graded: bool
+    _is_graded = False
+    _is_weighted = False
 
     def _read_columns(self) -> None:
         """To be called when the trainer is built."""
@@ -68,18 +68,11 @@ class RowColumnsMixin(Trainer):
         parts = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
         datasets = [part for part in (self.train_dataset, *parts) if part is not None]
         found = {name for dataset in datasets for name in dataset.column_names} & {WEIGHT, LEVEL}
-        self._is_graded = LEVEL in found
+        self._is_weighted, self._is_graded = WEIGHT in found, LEVEL in found
         if found:
             self.data_collator: Any = ColumnsCollator(self.data_collator)
-        if WEIGHT not in found:
-            return
-        LOG.info("the rows have weights (`field_weight`)")
-        if self.args.aot_loss not in LOSSES:
-            LOG.warning(
-                "the rows have weights (`field_weight`), which `aot_loss: %s` must read itself, as "
-                "`step.u_mass` and `step.v_mass` (docs/extending.md)",
-                self.args.aot_loss,
-            )
+        if self._is_weighted:
+            LOG.info("the rows have weights (`field_weight`)")
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

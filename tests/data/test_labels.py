@@ -1,4 +1,5 @@
 import math
+from decimal import Decimal
 
 import pytest
 from hypothesis import given
@@ -32,7 +33,9 @@ def test_anything_else_is_refused_with_what_is_accepted(value):
     assert ("positive_min" in str(error.value)) == isinstance(value, int | float)
 
 
-@pytest.mark.parametrize(("value", "number"), [(3, 3.0), ("4.5", 4.5), (" 7 ", 7.0), (-1, -1.0)])
+@pytest.mark.parametrize(
+    ("value", "number"), [(3, 3.0), ("4.5", 4.5), (" 7 ", 7.0), (-1, -1.0), (Decimal("2.5"), 2.5)]
+)
 def test_numbers(value, number):
     assert parse_number(value) == number
 
