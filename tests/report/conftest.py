@@ -53,6 +53,30 @@ def make_unpaired():
     return make
 
 
+@pytest.fixture
+def make_graded():
+    """Four levels, of which the third lies below the second; one has rows of unequal weights."""
+
+    def make(n=20, seed=0, step=20, weighted=False, eval_set="eval"):
+        random = np.random.default_rng(seed)
+        level = np.repeat([0.0, 1 / 3, 2 / 3, 1.0], [n, n + 3, n + 5, n + 7])
+        shift = np.repeat([0.0, 3.0, 1.0, 6.0], [n, n + 3, n + 5, n + 7])
+        ref = random.normal(-60, 15, len(level))
+        return Scores.unpaired(
+            beta=0.1,
+            step=step,
+            eval_set=eval_set,
+            logps=ref + shift + random.normal(0, 1, len(level)),
+            ref_logps=ref,
+            label=level == 1,
+            level=level,
+            weight=random.uniform(0.1, 2, len(level)) if weighted else None,
+            tokens=random.integers(5, 60, len(level)),
+        )
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def pair_rows():
     words = ["red", "green", "blue", "white", "black"]

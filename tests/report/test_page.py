@@ -11,7 +11,7 @@ from aot_plugin.report import page, record_evaluation
 from aot_plugin.report.cli import run_names
 from aot_plugin.report.comparison import Named, gaps, history, side_by_side
 from aot_plugin.report.page import comparison_page
-from aot_plugin.report.plots import margins_panel
+from aot_plugin.report.plots import margins_panel, quantile_figure
 from aot_plugin.report.samples import Samples, load_samples
 from aot_plugin.report.summary import summarize
 
@@ -216,3 +216,37 @@ def test_answers_stand_beside_the_first_ones(make_paired, tmp_path):
     assert text.count("<h2>Answers: ") == 1 and "hidden" not in text
     (alone,) = [page._answers("a", loaded[:1])[2]]
     assert checked(alone).rows[0] == ["prompt", "answer after step 0"]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_levels_have_tables_and_curves(weighted, make_graded, make_unpaired):
+    scores = make_graded(weighted=weighted)
+    text = comparison_page([Named("graded", scores), Named("plain", make_unpaired())])
+    rows = [row for row in checked(text).rows if row and " against " in row[0]]
+    pairs = [("1", "0.67"), ("0.67", "0.33"), ("0.33", "0")]
+    names = [f"graded · eval · step 20 · level {high} against {low}" for high, low in pairs]
+    assert [row[0] for row in rows] == names * 2  # of both orders
+    levels = scores.levels
+    for row, high, low in zip(rows, levels[:0:-1], levels[-2::-1], strict=False):
+        masses = (high.mass, low.mass)
+        found = dominance_statistics(high.logratios, low.logratios, *masses)
+        assert row[1].startswith(f"{found['violation_fraction']:.1%}[")
+        assert row[2].startswith(f"{found['violation_amount']:.4g}[")
+    assert rows[1][1].split("%")[0] != "0.0"  # the third level lies below the second
+    assert "levels of graded" in text and "levels of plain" not in text
+
+
+def test_every_level_is_drawn(make_graded):
+    scores = make_graded()
+    top, gaps, integrals = quantile_figure(scores).axes[1::2]
+    labels = [text.get_text() for text in top.get_legend().get_texts()]
+    assert labels == [
+        f"level {level.value:.2g}, n = {len(level.logratios)}" for level in scores.levels
+    ]
+    curves = [patch.get_data() for patch in top.patches]
+    for level, curve in zip(scores.levels, curves, strict=True):
+        assert curve.values.tolist() == sorted(level.logratios)
+    lightness = [sum(patch.get_edgecolor()[:3]) for patch in top.patches]
+    assert lightness == sorted(lightness, reverse=True)
+    assert len(gaps.patches) == 3 and min(gaps.patches[1].get_data().values) < 0
+    assert len(integrals.lines) == 3 + 1

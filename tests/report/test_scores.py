@@ -52,7 +52,22 @@ def test_unpaired_quantities_by_hand():
     assert scores.rejected_tokens.tolist() == [5]
 
 
-@pytest.mark.parametrize("original", [Scores.paired(**PAIRED), Scores.unpaired(**UNPAIRED)])
+def test_levels_by_hand():
+    scores = Scores.unpaired(**UNPAIRED, level=[1.0, 0.0, 0.5], weight=[1.0, 2.0, 3.0])
+    assert [level.value for level in scores.levels] == [0.0, 0.5, 1.0]
+    assert [level.logratios.tolist() for level in scores.levels] == [[0.5], [-2.0], [1.0]]
+    assert [level.mass.tolist() for level in scores.levels] == [[2.0], [3.0], [1.0]]
+    assert Scores.unpaired(**UNPAIRED).levels == []
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        Scores.paired(**PAIRED),
+        Scores.unpaired(**UNPAIRED),
+        Scores.unpaired(**UNPAIRED, level=[1.0, 0.0, 0.5]),
+    ],
+)
 def test_saved_and_loaded_is_the_same(original, tmp_path):
     path = original.save(tmp_path)
     assert path == tmp_path / "scores-eval-step3.parquet"
