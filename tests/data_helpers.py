@@ -87,6 +87,7 @@ def shrink(tokenizer: Any, folder: Path, pieces: int = 1500) -> None:
     path = folder / "tokenizer.json"
     data = json.loads(path.read_text())
     model = data["model"]
+    data["post_processor"] = None  # names the old ids; the tokenizer makes its own
     named = {"<unk>", "<s>", "</s>"}
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in named]
     first = next(id for piece, id in model["vocab"].items() if piece == "<0xFF>") + 1

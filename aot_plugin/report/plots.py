@@ -87,7 +87,7 @@ def rewards_panel(scores: Scores) -> Panel:
         scores.rejected_rewards,
         names,
         f"reward β·log(π/π_ref) [{scores.unit}], β = {scores.beta:g}",
-        f"(a) rewards of {names[0]} and {names[1]} completions",
+        f"(a) rewards: {names[0]} and {names[1]}",
         scores.unit,
         (scores.u_mass, scores.v_mass),
     )
@@ -268,6 +268,8 @@ def describe(scores: Scores) -> str:
     """Eval set, step and numbers of completions, and whether they have weights, on one line."""
     if scores.is_paired:
         size = f"n = {len(scores.u)} pairs"
+    elif levels := scores.levels:
+        size = f"n = {sum(len(level.logratios) for level in levels)} rows of {len(levels)} levels"
     else:
         size = f"n = {len(scores.u)} positives, m = {len(scores.v)} negatives"
     weighted = "" if scores.u_mass is None else ", weighted"
