@@ -5,6 +5,7 @@ when it collates them, since only the processor knows how many tokens an image t
 read the turns as they read those of text. A ``MARK`` stands for each image meanwhile.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import Any
@@ -102,11 +103,10 @@ def _look_at(image: Any) -> None:
     stored = image if isinstance(image, Mapping) else {"path": image}
     if stored.get("bytes") is not None:
         Image.open(BytesIO(stored["bytes"])).close()
+    elif os.path.isfile(stored["path"]):
+        Image.open(stored["path"]).close()
     elif not str(stored["path"]).startswith(REMOTE):
-        try:
-            Image.open(stored["path"]).close()
-        except FileNotFoundError:  # unless it is base64
-            load_image(stored["path"])
+        load_image(stored["path"])  # base64, or an error that says what is accepted
 
 
 def with_turns(dataset: Dataset, resolved: Mapping[str, Any]) -> Dataset:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from pathlib import Path
 
 import datasets
@@ -154,10 +155,14 @@ def test_what_can_t_be_trained_is_named(change, message, load, picture, tmp_path
 
 
 def test_images_that_are_not_files(load):
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, "PNG")
-    coded = base64.b64encode(buffer.getvalue()).decode()
-    assert load([TURNS | {"images": [coded]}]).num_rows == 1
+    # Coded, noise is longer than any path may be.
+    for pixels in (Image.new("RGB", (4, 4)), Image.effect_noise((64, 64), 50).convert("RGB")):
+        buffer = io.BytesIO()
+        pixels.save(buffer, "PNG")
+        coded = base64.b64encode(buffer.getvalue()).decode()
+        rows = [TURNS | {"images": [begin + coded]} for begin in ("", "data:image/png;base64,")]
+        assert load(rows).num_rows == 2
+    assert len(coded) > os.pathconf("/", "PC_PATH_MAX")
     # Not opened before it is needed: that may be a large download.
     assert load([TURNS | {"images": ["https://localhost/a.png"]}]).num_rows == 1
 
