@@ -133,6 +133,8 @@ def _refuse_keys_of_text(cfg: Any) -> None:
         refused["chat_template_kwargs"] = "TRL's collator passes none to the template"
     if cfg.precompute_ref_log_probs:
         refused["precompute_ref_log_probs: true"] = "the reference is scored in each step"
+    if cfg["aot_samples"]:
+        refused["aot_samples"] = "only prompts of text are answered"
     if (cfg.excess_length_strategy or "").lower() == "raise":
         refused["excess_length_strategy: raise"] = (
             "a row longer than `sequence_len` is cut, with a warning"

@@ -2,6 +2,7 @@
 
 TRL tokenizes such rows and cuts them at `max_length` when it collates them. It says nothing if an
 image's tokens or a whole completion are cut off, or if the chat template has no place for images.
+A processor takes its placeholder in a row's text for one more image.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ LOG = get_logger("axolotl.aot_plugin.images")
 
 OTHERS = ("label",)
 """What a batch holds that is no argument of the model's forward pass."""
+TURNS = ("prompt", "chosen", "rejected", "completion")
+"""Columns of turns."""
 SHOWN = 80
 """Characters of a prompt that a message shows, its last ones."""
 
@@ -41,15 +44,19 @@ class ImageCollator:
         )
         self._max_length = max_length
         self._image_tokens = _image_tokens(collate.processor)
+        known_by = (collate.processor, collate.processor.tokenizer)
+        found = (getattr(holder, "image_token", None) for holder in known_by)
+        self._places: set[str] = {place for place in found if place}
         self._has_warned = False
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """The batch of some rows, in TRL's order of sequences.
 
         Raises:
-            ValueError: naming the prompt of the row that can't be collated, or that would lose an
-                image's tokens or its whole completion.
+            ValueError: naming the prompt of the row that can't be collated, that has a placeholder
+                in its text, or that would lose an image's tokens or its whole completion.
         """
+        self._check_texts(rows)
         batch = self._collated(rows)
         prompts = [_shown(row) for row in rows] * (len(batch["input_ids"]) // len(rows))
         self._check(batch, prompts)
@@ -73,10 +80,23 @@ class ImageCollator:
                 try:
                     self._collate([dict(row)])
                 except Exception as error:
+                    reason = str(error) or repr(error)
                     raise ValueError(
-                        f"the row with the prompt {_shown(row)} can't be read: {error}"
+                        f"the row with the prompt {_shown(row)} can't be read: {reason}"
                     ) from error
             raise
+
+    def _check_texts(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            # A prompt that is text is rendered already, and has its placeholders.
+            texts = [text for name in TURNS for text in _texts(row.get(name))]
+            typed = [place for place in self._places if any(place in text for text in texts)]
+            if typed:
+                raise ValueError(
+                    f"the row with the prompt {_shown(row)} has {typed[0]!r} in its text, which "
+                    'stands for an image: write a part `{"type": "image"}` of the turn instead, or '
+                    "remove it"
+                )
 
     def _check(self, batch: dict[str, Any], prompts: Sequence[str]) -> None:
         imageless = ~torch.isin(batch["input_ids"], self._image_tokens).any(dim=1)
@@ -120,15 +140,19 @@ def _image_tokens(processor: Any) -> Tensor:
     return torch.tensor([token for token in found if token is not None], dtype=torch.int64)
 
 
+def _texts(turns: Any) -> list[str]:
+    """The text of turns, in parts; none for what is no list of turns."""
+    contents = [turn.get("content") for turn in turns] if isinstance(turns, list) else []
+    return [
+        part if isinstance(part, str) else str(part.get("text") or "")
+        for content in contents
+        for part in (content if isinstance(content, list) else [content or ""])
+    ]
+
+
 def _shown(row: Row) -> str:
     """The end of a row's prompt, for messages."""
     prompt = row.get("prompt")
     if isinstance(prompt, list):
-        parts = [turn.get("content") for turn in prompt]
-        texts = [
-            part if isinstance(part, str) else str(part.get("text") or "")
-            for content in parts
-            for part in (content if isinstance(content, list) else [content or ""])
-        ]
-        prompt = " ".join(filter(None, texts))
+        prompt = " ".join(filter(None, _texts(prompt)))
     return repr(str(prompt)[-SHOWN:])

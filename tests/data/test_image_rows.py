@@ -192,13 +192,14 @@ def test_text_beside_images_is_refused(load, picture):
     "keys",
     [
         {"precompute_ref_log_probs": True},
+        {"aot_samples": 2, "val_set_size": 1},
         {"excess_length_strategy": "raise"},
         {"chat_template_kwargs": {"enable_thinking": False}},
     ],
 )
 def test_keys_that_can_t_act_on_images(keys, load, picture):
     with pytest.raises(ValueError, match=f"tokenized in each step; remove `{next(iter(keys))}"):
-        load([TURNS | {"images": [picture()]}], **keys)
+        load([TURNS | {"images": [picture(n)]} for n in range(2)], **keys)
 
 
 def test_a_template_of_the_entry(load, picture):

@@ -150,6 +150,20 @@ def test_what_can_t_be_collated_is_named(load: Callable, tmp_path: Path) -> None
         collator(processor)(rows)
 
 
+@pytest.mark.parametrize("place", ["prompt", "rejected"])
+@pytest.mark.parametrize(("kind", "token"), [("Llava", "<image>"), ("Gemma3", "<begin>")])
+def test_a_placeholder_in_a_text_is_named(
+    kind: str, token: str, place: str, load: Callable, tmp_path: Path
+) -> None:
+    """It would be expanded without an image, or stop the model in the middle of a run."""
+    _, processor = load(kind)
+    rows = pairs(2, tmp_path / "images")
+    texts = {"prompt": [{"type": "text", "text": f"{token} stone"}], "rejected": f"stone {token}"}
+    rows[1][place] = [rows[1][place][0] | {"content": texts[place]}]
+    with pytest.raises(ValueError, match=f"has '{token}' in its text, which stands for an image"):
+        collator(processor)(rows)
+
+
 @contextmanager
 def using(processor: Any, template: str) -> Iterator[None]:
     own, processor.chat_template = processor.chat_template, template
