@@ -1,6 +1,7 @@
 """Answers of the policy to a few held-out prompts, for people to read (``aot_samples``)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class SamplesMixin(ScoringMixin):
                     ([torch.ones_like(row) for row in rows], 0),
                 )
             )
-            with self._without_gradient():
+            with self._without_gradient(), _generating_only_by(model, how):
                 found = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
             answers += [_until(ends, row) for row in found[:, ids.shape[1] :].tolist()]
         return answers
@@ -91,6 +92,18 @@ def distinct_prompts(dataset: Any, number: int) -> list[list[int]]:
         if len(found) == number:
             break
     return [list(ids) for ids in found]
+
+
+@contextmanager
+def _generating_only_by(model: Any, how: GenerationConfig) -> Iterator[None]:
+    """Exchanges the model's own generation config, of which ``generate`` takes what ``how`` leaves
+    open: penalties on repetition, say, or a number of beams."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, base.generation_config = base.generation_config, how
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _until(ends: set[int], ids: list[int]) -> list[int]:

@@ -1,6 +1,7 @@
 """`aot_samples`: the policy answers held-out prompts, and the training is the same to the bit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from harness import Run, config, paired_rows, train, unpaired_rows, write_rows
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from aot_plugin.__main__ import main
 
@@ -85,6 +86,23 @@ def test_answers_are_the_policys_and_training_does_not_notice(
     assert (
         "answer after step 0" in report.read_text() and "answer after step 4" in report.read_text()
     )
+
+
+@pytest.mark.parametrize("keys", [{}, LORA], ids=["full", "lora"])
+def test_answers_are_greedy_whatever_the_model_comes_with(
+    keys: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "model"
+    shutil.copytree(tiny_model, own)
+    GenerationConfig(num_beams=2, repetition_penalty=5.0).save_pretrained(own)
+    found = run(tmp_path, own, "out", aot_samples=SAMPLES, max_steps=1, eval_steps=1, **keys)
+    tokenizer = AutoTokenizer.from_pretrained(own)
+    model = AutoModelForCausalLM.from_pretrained(own, dtype=torch.float32)
+    for row in samples(found)[0]:
+        assert row["answer"] == answer(model, tokenizer, row["prompt"])
+    if not keys:  # it is saved as it came
+        saved = GenerationConfig.from_pretrained(found.checkpoint)
+        assert (saved.num_beams, saved.repetition_penalty) == (2, 5.0)
 
 
 def test_what_fails_is_said_once_and_training_goes_on(
