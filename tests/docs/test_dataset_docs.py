@@ -15,7 +15,7 @@ from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
 from data_helpers import write_rows
 
-from aot_plugin.data import resolve_unpaired_datasets
+from aot_plugin.data import levels, resolve_unpaired_datasets
 from aot_plugin.data.labels import WORDS
 from aot_plugin.data.loading import load_datasets, row_counts
 from aot_plugin.data.options import LOADER_KEYS
@@ -25,9 +25,14 @@ DOCS = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
 BLOCKS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", DOCS, re.S)]
 
 
-def entries(mode: str) -> list[dict[str, Any]]:
+def is_graded(block: dict[str, Any]) -> bool:
+    return "aot_grades" in block or any("grades" in entry for entry in block["datasets"])
+
+
+def entries(mode: str, graded: bool = False) -> list[dict[str, Any]]:
     assert all(block["rl"] == "aot" for block in BLOCKS)
-    return [entry for block in BLOCKS if block["aot_mode"] == mode for entry in block["datasets"]]
+    blocks = [b for b in BLOCKS if b["aot_mode"] == mode and is_graded(b) == graded]
+    return [entry for block in blocks for entry in block["datasets"]]
 
 
 def user(text="How tall is it?"):
@@ -83,6 +88,19 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "ratings.jsonl": [
         {"prompt": user()["content"], "completion": text, "stars": stars}
         for text, stars in ((GOOD, 5), ("Hm.", 3), (BAD, 1))
+    ],
+    "percent.jsonl": [
+        {"prompt": user()["content"], "completion": text, "score": score}
+        for text, score in ((GOOD, 70), ("Hm.", 30), (BAD, 29.5))
+    ],
+    "best_of_n.jsonl": [
+        {
+            "prompt": user()["content"],
+            "answers": [
+                {"text": text, "reward": reward}
+                for text, reward in ((GOOD, 2.25), ("Hm.", 0.0), (BAD, -0.5))
+            ],
+        }
     ],
     "sharegpt.jsonl": [
         {
@@ -319,10 +337,13 @@ DROPPED = {
 }
 
 
-def localized(mode: str, folder: Path) -> list[dict[str, Any]]:
-    """The entries of the docs with `path` pointing at our rows, each read once."""
+def localized(
+    mode: str, folder: Path, written: list[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """The entries of the docs, or those ``written``, with `path` pointing at our rows, each read
+    once."""
     local = []
-    for number, entry in enumerate(entries(mode)):
+    for number, entry in enumerate(entries(mode) if written is None else written):
         entry = {key: value for key, value in entry.items() if key != "weight"}
         path = write_rows(folder / f"{mode}{number}.jsonl", ROWS[entry["path"]])
         local.append(entry | {"path": path, "split": "train"})
@@ -355,6 +376,22 @@ def test_unpaired_entries(config, tmp_path):
                 "Anthropic/hh-rlhf",
             )
             assert ("Is it old?<|im_end|>\n<|im_start|>assistant\nYes." in asked) == multi_turn
+
+
+@pytest.mark.slow
+def test_graded_entries(config, tmp_path):
+    """The rows' levels, in the order of the docs."""
+    found = []
+    for number, block in enumerate(filter(is_graded, BLOCKS)):
+        (folder := tmp_path / str(number)).mkdir()
+        local = localized("unpaired", folder, block["datasets"])
+        keys = {key: block[key] for key in block if key not in ("rl", "aot_mode", "datasets")}
+        dataset = load_datasets(config(local, skip_prepare_dataset=True, **keys)).train_dataset
+        found.append(levels(dataset).tolist())
+    ratings, percent, preferences = [1.0, 0.5, 0.0], [1.0, 0.5, 0.0], [1.0, 0.0]
+    helpsteer, ultrafeedback, best_of_n = [1.0, 0.75, 0.5], [0.0, 0.5, 0.75], [1.0, 0.5, 0.25]
+    mixed = ratings + percent + preferences
+    assert found == [mixed, helpsteer + ultrafeedback + best_of_n]
 
 
 @pytest.mark.slow
