@@ -1,4 +1,4 @@
-"""The sequences of an optimizer step, freed from the micro-batches in which they came.
+"""The sequences of an optimizer step, independent of the micro-batches in which they came.
 
 After the transport stage every sequence has a fixed weight, so any regrouping into micro-batches
 gives the same gradient. Which one is best depends on the layout (see ``layout``).

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 CAUSAL, MASKED = 0.75, 1.5
-"""Time of attention without and with a mask, in that of as many multiplications in linear layers,
-had no pair of query and key been left out. Measured on one CPU core at 500 to 3,000 tokens (forward
+"""Time of attention without and with a mask, relative to as many multiplications in a linear layer,
+all pairs of query and key counted. Measured on one CPU core at 500 to 3,000 tokens (forward
 and backward pass, 9 heads of 64): 1.1 to 1.7 times the causal kernel's time with a mask, and 1.4
 times the time per multiplication of a linear layer."""
 
 DENSE_FACTOR = 4
-"""Width of a feed-forward layer in that of the model, where the config does not say."""
+"""Ratio of the feed-forward width to the model's, where the config does not say."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Cost:
 
     @classmethod
     def of(cls, config: Any, itemsize: int, checkpointing: bool, eager: bool = False) -> "Cost":
-        """Of a model with this text config, computing in numbers of ``itemsize`` bytes."""
+        """The sizes in a text config, for numbers of ``itemsize`` bytes."""
         width = config.hidden_size
         layers = config.num_hidden_layers
         heads = _largest(config, "num_attention_heads", 1)
@@ -63,7 +63,7 @@ class Cost:
         )
 
     def work(self, rows: int, width: int, masked: bool) -> float:
-        """Of a forward pass, in units of one token's work in linear layers."""
+        """The work of a forward pass, in units of one token's work in linear layers."""
         pairs = MASKED if masked or self.eager else CAUSAL
         return rows * width * (1 + pairs * self.pair * width)
 

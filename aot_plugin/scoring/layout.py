@@ -168,8 +168,8 @@ class Packed:
         return self.arrange(batch)
 
     def groups(self, sequences: Sequences, parts: int) -> list[list[int]]:
-        """With the fewest tokens in all, of the groupings whose largest micro-batch is not larger
-        than that of equally many rows of the longest."""
+        """The grouping with the fewest tokens, among those whose largest micro-batch is not larger
+        than as many padded rows of the longest sequence."""
         lengths, prompts = sequences.lengths(), sequences.prompts()
         room = -(-len(sequences) // parts) * max(lengths)
         found: list[tuple[int, int, list[list[int]]]] = []
@@ -186,7 +186,7 @@ class Packed:
                 sum(tokens_of(prompt, lengths) for prompt in prompts_within(prompts, group))
                 for group in groups
             ]
-            # One by one they always fit: no group is given a row too many before all are full.
+            # With one sequence per document this always holds, since groups are balanced.
             if max(sizes) <= room:
                 found.append((sum(sizes), max(sizes), _largest_first(groups, sizes)))
         return min(found, key=lambda grouping: grouping[:2])[2]

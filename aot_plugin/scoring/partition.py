@@ -11,14 +11,14 @@ Block = tuple[int, list[int]]
 def split_by_tokens(blocks: Sequence[Block], parts: int) -> list[list[int]]:
     """Cut blocks, ordered from long to short, into ``parts`` runs that hold at least one each.
 
-    A run costs what it takes padded: its number of blocks times the tokens of its longest. The
-    cost of the most expensive run, which sets the peak of memory, is minimal: few long rows share
-    a batch, many short ones another. The most expensive runs first, so that what one batch
-    frees has room for the next.
+    A run costs its padded tokens: its number of blocks times the tokens of its longest. The cost of
+    the most expensive run, which sets the peak of memory, is minimal: few long rows share a batch,
+    many short ones another. The most expensive runs come first, so that each batch fits into the
+    memory that the one before it has freed.
     """
 
     def runs(limit: int) -> list[list[Block]]:
-        """From the left, each as long as the limit lets it be and the others need no block."""
+        """Greedy from the left: as many blocks as the limit allows, and one for each other run."""
         found: list[list[Block]] = []
         start = 0
         for waiting in reversed(range(parts)):
@@ -39,8 +39,9 @@ def split_by_tokens(blocks: Sequence[Block], parts: int) -> list[list[int]]:
 def balanced(sizes: Sequence[int], parts: int) -> list[list[int]]:
     """Indices of ``sizes`` in ``parts`` groups of about equal sums, the largest sum first.
 
-    From the largest on, each goes to the group with the smallest sum so far (Graham 1969: the
-    largest sum is at most 4/3 of the best one's). No group is empty if there are enough sizes.
+    In descending order, each size goes to the group with the smallest sum so far (LPT scheduling,
+    Graham 1969: the largest sum is at most 4/3 of the optimum). No group is empty if there are
+    enough sizes.
     """
     groups: list[tuple[int, int, list[int]]] = [(0, 0, []) for _ in range(parts)]
     heapify(groups)

@@ -94,7 +94,8 @@ def _parts(values: Tensor, sequence: Tensor) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of a layout: sequences apart and in one row, or the exception raised by the row."""
+    """The result of trying a layout: the difference of its one row from separate rows, or the
+    exception that the row raised."""
 
     difference: Difference | None
     error: Exception | None = None
@@ -131,8 +132,8 @@ class Found:
         # NaN says nothing about company; the step itself refuses it.
         if math.isnan(self.company.found[MEDIAN]):
             return False
-        # Twice the margin: what is wrongly shared costs exactness, a wrong refusal the whole run.
-        # Of a random network's, which is refused elsewhere, the noise is part of the rounding.
+        # Twice the margin: accepting wrongly costs exactness, refusing wrongly the whole run. The
+        # noise of a random network, which is refused elsewhere, counts as rounding.
         is_rounding = self.company.is_rounding(2 * MARGIN, MEDIAN)
         return not is_rounding or self.company.outliers > FEW
 
@@ -169,8 +170,8 @@ def probe(
     epsilon = rounding_error(unwrapped, device)
 
     def score(rows: ModelInput, seed: int = 0) -> Tensor:
-        """[tokens] log p in the order of sequences. Where the pass draws random numbers, two of
-        one shape draw the same."""
+        """log p of the completion tokens, [tokens], in the order of sequences. Passes of one shape
+        and seed draw the same random numbers."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             logps, sequence = completion_token_logps(model, head, rows)
@@ -283,8 +284,8 @@ def nudged(embeddings: nn.Module, epsilon: float) -> Iterator[None]:
 
 
 def coarsest_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
-    """The coarsest of the floating numbers in which a model's weights, its layers of quantized
-    weights, and autocast multiply."""
+    """The coarsest floating-point dtype among a model's weights, the compute dtypes of its quantized
+    layers, and that of autocast."""
     dtypes: set[Any] = {parameter.dtype for parameter in model.parameters()}
     dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
     if torch.is_autocast_enabled(device.type):

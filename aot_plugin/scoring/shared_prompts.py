@@ -10,8 +10,9 @@ The last prompt token predicts the first token of every completion, so it is rep
 of them: position t + 1 is then always predicted at position t, as in an ordinary row.
 
 With a mask, attention looks at every pair of tokens of a row, those that the mask hides included.
-So long completions of a short prompt are better off apart, and many completions in several rows: a
-batch takes the rows that cost least work, of those that need no more memory than separate ones.
+Long completions of a short prompt are therefore cheaper in separate rows, and many completions in
+several. Of the arrangements that need no more memory than separate rows, a batch takes the one with
+the least work.
 """
 
 from collections.abc import Iterable, Sequence
@@ -90,8 +91,8 @@ def width_of(rows: Sequence[Row], lengths: Sequence[int], multiple: int = 1) -> 
 
 
 def _encoded_once(document: Prompt) -> int:
-    """Tokens that the sequences of a document share: all of the prompt but the last one, see
-    above."""
+    """Tokens that the sequences of a document share: the prompt without its last one, which is
+    repeated."""
     length, members = document
     return length - 1 if len(members) > 1 else 0
 
@@ -183,7 +184,7 @@ def _row(ids: Sequence[Tensor], completion: Sequence[Tensor], row: Row) -> tuple
         prompt = ids[members[0]][:shared]
         parts.append((prompt, torch.zeros_like(prompt), 0, (0, number, PROMPT)))
         for branch, member in enumerate(members, 1):
-            # What stands before the first token of a part is not what it follows.
+            # The token before a part in the row is not the one that predicts its first token.
             mask = completion[member][shared:].clone()
             mask[:1] = 0
             parts.append((ids[member][shared:], mask, shared, (member, number, branch)))
