@@ -284,8 +284,8 @@ def nudged(embeddings: nn.Module, epsilon: float) -> Iterator[None]:
 
 
 def coarsest_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
-    """The coarsest floating-point dtype among a model's weights, the compute dtypes of its quantized
-    layers, and that of autocast."""
+    """The coarsest floating-point dtype of a model's weights, the compute dtypes of its quantized
+    layers, and autocast."""
     dtypes: set[Any] = {parameter.dtype for parameter in model.parameters()}
     dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
     if torch.is_autocast_enabled(device.type):
