@@ -45,7 +45,7 @@ def matplotlib_is_here() -> bool:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        LOG.warning("no quantile plots without matplotlib: pip install 'aot-plugin[plot]'")
+        LOG.warning("no quantile plots without matplotlib: pip install matplotlib")
         return False
     return True
 

@@ -130,7 +130,7 @@ def test_without_matplotlib_one_hint_and_no_plot(make_paired, tmp_path, monkeypa
     finally:
         plots.matplotlib_is_here.cache_clear()
     assert [r.getMessage() for r in caplog.records] == [
-        "no quantile plots without matplotlib: pip install 'aot-plugin[plot]'"
+        "no quantile plots without matplotlib: pip install matplotlib"
     ]
 
 
