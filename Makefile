@@ -5,6 +5,7 @@
 #   make test                  every test, the slow ones included
 #   make exactness-long        every architecture and setting at every cut of a step
 #   make check                 ruff, mypy and the direction of imports
+#   make docs                  the docs as a site, in build/site; broken links are errors
 
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/aot-plugin
 VENV  ?= $(CACHE)/venv
@@ -16,7 +17,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: quickstart quickstart-unpaired test fast exactness-long check env
+.PHONY: quickstart quickstart-unpaired test fast exactness-long check docs env
 
 quickstart: env
 	$(BIN)/python example_configs/quickstart/prepare_model.py $(MODEL)
@@ -48,6 +49,9 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 env:
 	@VENV="$(VENV)" sh .ci/env.sh

@@ -25,7 +25,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
     "$VENV/bin/python" -m pip install --quiet --upgrade pip
     "$VENV/bin/python" -m pip install --quiet setuptools wheel packaging ninja
-    "$VENV/bin/python" -m pip install --quiet -e '.[plot]' --group test --group dev
+    "$VENV/bin/python" -m pip install --quiet -e '.[plot]' --group test --group dev --group docs
     # DeepSpeed asks for torch while it is being built, and finds it only without isolation.
     "$VENV/bin/python" -m pip install --quiet --no-build-isolation deepspeed
     # The model of quickstart and tests. Its own dependency, llama.cpp's bindings, would be

@@ -134,11 +134,17 @@ class Scores:
         """Scores of n pairs of completions, each pair with one prompt.
 
         Args:
-            beta, step, eval_set, score: see the class.
-            chosen_logps, rejected_logps: the policy's log-probabilities, [n].
-            ref_chosen_logps, ref_rejected_logps: the reference's, [n].
-            chosen_tokens, rejected_tokens: numbers of completion tokens, [n].
+            beta: reward = beta * log-ratio.
+            step: optimizer step of the evaluation.
+            eval_set: name of the evaluation set.
+            chosen_logps: the policy's log-probabilities of chosen completions, [n].
+            rejected_logps: of rejected completions, [n].
+            ref_chosen_logps: the reference's log-probabilities of chosen completions, [n].
+            ref_rejected_logps: of rejected completions, [n].
+            chosen_tokens: numbers of tokens of chosen completions, [n].
+            rejected_tokens: of rejected completions, [n].
             weight: relative masses of the pairs, [n]; None if all are equal.
+            score: see the class.
 
         Raises:
             ValueError: if columns have different lengths.
@@ -172,7 +178,9 @@ class Scores:
         """Scores of n single completions.
 
         Args:
-            beta, step, eval_set, score: see the class.
+            beta: reward = beta * log-ratio.
+            step: optimizer step of the evaluation.
+            eval_set: name of the evaluation set.
             logps: the policy's log-probabilities, [n].
             ref_logps: the reference's, [n].
             label: True for positive completions, [n].
@@ -180,6 +188,7 @@ class Scores:
             weight: relative masses of the rows, [n]; None if all are equal.
             level: levels of graded rows, [n], from 0 (the lowest) to 1 (``label`` True); None for
                 two labels.
+            score: see the class.
 
         Raises:
             ValueError: if columns have different lengths.
