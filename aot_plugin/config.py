@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -98,7 +98,7 @@ class AOTInputArgs(BaseModel):
             "log-likelihood per token of the chosen or positive responses. Default 0."
         },
     )
-    aot_grades: list[float] | None = Field(
+    aot_grades: list[Annotated[float, Field(strict=True)]] | None = Field(
         default=None,
         min_length=1,
         json_schema_extra={

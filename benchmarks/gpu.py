@@ -380,7 +380,7 @@ def micro_batch(pairs: Sequences, rows: Sequence[int], device: torch.device) -> 
     inputs = collate(pairs, rows, device)
     return MicroBatch(
         inputs=inputs,
-        is_positive=positive,
+        label=positive,
         tokens=inputs["completion_mask"].sum(dim=1),
         mass=torch.ones(len(positive), dtype=torch.float64, device=device),
         ref_logps=None,
@@ -459,7 +459,7 @@ def plain_step(model: Any, batches: Sequence[MicroBatch]) -> None:
             for of_row, targets in zip(logits, ids[:, 1:], strict=True)
         ]
         logps = (torch.stack(found) * completion[:, 1:]).sum(dim=1)
-        return logps[batch.is_positive] - logps[~batch.is_positive]
+        return logps[batch.label] - logps[~batch.label]
 
     for batch in batches:
         with torch.no_grad(), model.disable_adapter():

@@ -68,7 +68,8 @@ def make_tokenizer(folder: Path, family: str) -> None:
     config = {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "add_bos_token": True}
     config |= {key: spec[key] for key in ("bos_token", "eos_token")}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    shrink(AutoTokenizer.from_pretrained(folder), folder)
+    special = [spec["bos_token"], spec["eos_token"], *spec.get("special", [])]
+    shrink(AutoTokenizer.from_pretrained(folder), folder, special)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": spec.get("special", [])})
     tokenizer.pad_token = tokenizer.eos_token
@@ -76,7 +77,7 @@ def make_tokenizer(folder: Path, family: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def shrink(tokenizer: Any, folder: Path, pieces: int = 1500) -> None:
+def shrink(tokenizer: Any, folder: Path, special: list[str], pieces: int = 1500) -> None:
     """Leaves a SentencePiece tokenizer its bytes, characters and first ``pieces``.
 
     The host hashes the vocabulary with every map of rows: of all 32,768 tokens, that takes longer
@@ -87,9 +88,7 @@ def shrink(tokenizer: Any, folder: Path, pieces: int = 1500) -> None:
     path = folder / "tokenizer.json"
     data = json.loads(path.read_text())
     model = data["model"]
-    data["post_processor"] = None  # names the old ids; the tokenizer makes its own
-    named = {"<unk>", "<s>", "</s>"}
-    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in named]
+    named = ["<unk>", "<s>", "</s>"]
     first = next(id for piece, id in model["vocab"].items() if piece == "<0xFF>") + 1
     kept = [
         piece
@@ -100,6 +99,12 @@ def shrink(tokenizer: Any, folder: Path, pieces: int = 1500) -> None:
     ]
     model["vocab"] = {piece: id for id, piece in enumerate(kept)}
     model["merges"] = [[a, b] for a, b in model["merges"] if {a, b, a + b} <= model["vocab"].keys()]
+    further = [token for token in dict.fromkeys(special) if token not in named]
+    ids = {token: id for id, token in enumerate(kept + further) if token in (*named, *further)}
+    added = [token for token in data["added_tokens"] if token["content"] in ids]
+    data["added_tokens"] = [token | {"id": ids[token["content"]]} for token in added]
+    for token, found in data["post_processor"].get("special_tokens", {}).items():
+        found["ids"] = [ids[token]]
     path.write_text(json.dumps(data))
 
 

@@ -57,7 +57,7 @@ class ConversationOptions(BaseModel):
 
 
 class _Thresholds(ConversationOptions):
-    grades: list[float] | None = Field(default=None, strict=False, min_length=1)
+    grades: list[float] | None = Field(default=None, min_length=1)
     positive_min: float | None = Field(default=None, strict=False, allow_inf_nan=False)
     negative_max: float | None = Field(default=None, strict=False, allow_inf_nan=False)
 

@@ -68,7 +68,8 @@ def statistics_of_sorted(u: Sample, v: Sample) -> dict[str, FloatArray]:
     positive, share = _positive_part(start, end)
     negative, _ = _positive_part(-start, -end)
     below = (np.minimum(start, end) < 0.0) * (1.0 - share)
-    return dict(zip(STATISTICS, (below @ width, negative @ width, positive @ width), strict=True))
+    fraction = np.minimum(below @ width, 1.0)  # the widths add up to 1 with rounding
+    return dict(zip(STATISTICS, (fraction, negative @ width, positive @ width), strict=True))
 
 
 def second_order_test(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .comparison import Named
+    from .curves import Log
     from .samples import Samples
     from .scores import Scores
 
@@ -69,7 +70,9 @@ def main(arguments: argparse.Namespace) -> str:
     from .page import comparison_page
     from .scores import write_atomically
 
-    page = comparison_page(_evaluations(arguments), answers=_answers(arguments))
+    page = comparison_page(
+        _evaluations(arguments), answers=_answers(arguments), logs=_logs(arguments)
+    )
     output: Path = arguments.output
     write_atomically(output, lambda file: Path(file).write_text(page, encoding="utf-8"))
     return str(output)
@@ -96,6 +99,14 @@ def _answers(arguments: argparse.Namespace) -> dict[str, list[Samples]]:
 
     runs: list[Path] = arguments.runs
     return dict(zip(run_names(runs), map(load_samples, runs), strict=True))
+
+
+def _logs(arguments: argparse.Namespace) -> dict[str, Log]:
+    """What the runs logged while they trained."""
+    from .curves import load_log
+
+    runs: list[Path] = arguments.runs
+    return dict(zip(run_names(runs), map(load_log, runs), strict=True))
 
 
 def _scores_of(run: Path, arguments: argparse.Namespace) -> list[Scores]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from textwrap import wrap
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,15 +14,17 @@ from .plots import Panel, draw_gap, draw_integrated_gap, draw_quantiles, literal
 from .scores import Scores
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_STYLES = (
+_STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#1f4e9c", "linestyle": "-"},
     {"color": "#d2691e", "linestyle": (0, (4, 2))},
     {"color": "#2e7d32", "linestyle": (0, (1, 1))},
     {"color": "#7b1fa2", "linestyle": (0, (5, 1, 1, 1))},
     {"color": "#555555", "linestyle": (0, (8, 2))},
 )
+_MARKERS = ("o", "s", "^", "D", "v", "x")
 _TITLE_WIDTH = 48  # characters that fit above a column
 _HISTORY_RESAMPLES = 200  # per evaluation: the bands are for looking at, not for quoting
 
@@ -32,6 +34,26 @@ class Named(NamedTuple):
 
     run: str
     scores: Scores
+
+
+def line_style(number: int, points: int) -> dict[str, Any]:
+    """The style of line ``number``: 30 lines can be told apart in grey, by dashes and markers.
+
+    Args:
+        number: from 0.
+        points: how many the line has; about eight of them are marked.
+    """
+    dashes, marker = number % len(_STYLES), number // len(_STYLES) % len(_MARKERS)
+    marks = {"marker": _MARKERS[marker], "markersize": 3.5, "markevery": max(1, points // 8)}
+    return _STYLES[dashes] | marks
+
+
+def label_axes(axes: Axes, title: str, x: str) -> None:
+    """Title and grid of a curve over ``x``."""
+    axes.set_title(title, loc="left", fontsize=9)
+    axes.set_xlabel(x, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6)
 
 
 def _units(units: Iterable[str]) -> str:
@@ -72,8 +94,9 @@ def gaps(names: Sequence[str], panels: Sequence[Panel]) -> Figure:
     low, high = 0.0, 0.0
     for number, (name, panel) in enumerate(zip(names, panels, strict=True)):
         levels, x, y = quantile_curve(panel.first, panel.second, *panel.masses)
-        style = _STYLES[number % len(_STYLES)]
-        axes.stairs(x - y, levels, baseline=None, label=literal(name), linewidth=1.6, **style)
+        # Steps have no markers: beyond five, width tells lines of one style apart.
+        style = _STYLES[number % len(_STYLES)] | {"linewidth": 1.6 + number // len(_STYLES)}
+        axes.stairs(x - y, levels, baseline=None, label=literal(name), **style)
         low, high = min(low, (x - y).min()), max(high, (x - y).max())
     padding = 0.05 * (high - low) or 1.0
     axes.set_ylim(low - padding, high + padding)
@@ -104,8 +127,8 @@ def history(evaluations: Sequence[Named]) -> Figure | None:
     figure = new_figure(9.6, 3.4)
     axes = figure.subplots(1, 2)
     for number, ((run, eval_set), line) in enumerate(lines):
-        style = _STYLES[number % len(_STYLES)]
         steps = [scores.step for scores in line]
+        style = line_style(number, len(steps))
         values = [
             dominance_statistics(scores.u, scores.v, scores.u_mass, scores.v_mass)
             for scores in line
@@ -124,16 +147,12 @@ def history(evaluations: Sequence[Named]) -> Figure | None:
             axis.plot(
                 steps,
                 [value[key] for value in values],
-                marker="o",
-                markersize=3,
                 label=literal(f"{run}, {eval_set}"),
                 **style,
             )
     for axis, title in zip(axes, ("violation amount", "Wasserstein-1"), strict=True):
-        axis.set_title(f"{title} of the margins", loc="left", fontsize=9)
-        axis.set_xlabel("step")
+        label_axes(axis, f"{title} of the margins", "step")
         axis.set_ylabel(_units(scores.unit for _, line in lines for scores in line))
         axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.25, linewidth=0.6)
     axes[0].legend(fontsize=8, framealpha=0.8)
     return figure

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..ot.second_order import STATISTICS
 from .comparison import Named, gaps, history, side_by_side
+from .curves import Log, training_curves
 from .plots import (
     Panel,
     margins_panel,
@@ -33,6 +35,7 @@ th, td { border: 1px solid #bbb; padding: .3em .6em; text-align: right; vertical
 th { background: #f1f1f1; font-weight: 600; } th[scope=row] { text-align: left; }
 td small { color: #666; display: block; white-space: nowrap; }
 td.text { text-align: left; white-space: pre-wrap; min-width: 15em; }
+nav ol { columns: 20em; padding-left: 1.5em; margin: 1em 0; }
 img { max-width: 100%; } .wide { overflow-x: auto; } p { max-width: 55em; }
 """
 
@@ -41,6 +44,7 @@ def comparison_page(
     evaluations: Sequence[Named],
     n_resamples: int = 1000,
     answers: Mapping[str, Sequence[Samples]] | None = None,
+    logs: Mapping[str, Log] | None = None,
 ) -> str:
     """Builds the page for the given evaluations.
 
@@ -52,6 +56,7 @@ def comparison_page(
         n_resamples: number of bootstrap resamples.
         answers: the answers to held-out prompts by run, if there are any; the page shows those of
             the first and the last step.
+        logs: the training logs by run, if there are any.
 
     Returns:
         The page as HTML.
@@ -109,6 +114,9 @@ def comparison_page(
         figure = history(evaluations)
         if figure is not None:
             body += ["<h2>Over the steps</h2>", _image(figure, "violation and W1 over the steps")]
+        if (figure := training_curves(logs or {})) is not None:
+            body += ["<h2>Training</h2>", "<p>What the runs logged of their training steps.</p>"]
+            body.append(_image(figure, "training curves"))
     else:
         body.append("<p>No plots: matplotlib isn't installed (the extra <code>plot</code>).</p>")
     for run, samples in (answers or {}).items():
@@ -116,7 +124,7 @@ def comparison_page(
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>Dominance report</title><style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(body)
+        + "\n".join(_with_contents(body))
         + "\n</body></html>\n"
     )
 
@@ -144,6 +152,19 @@ def _levels(
     if matplotlib_is_here():
         parts += [_image(quantile_figure(e.scores), f"levels of {name}") for e, name, _ in graded]
     return parts
+
+
+def _with_contents(parts: Sequence[str]) -> list[str]:
+    """The parts of the page with a table of contents after the title; headings get anchors."""
+    titles: list[str] = []
+
+    def anchored(heading: re.Match[str]) -> str:
+        titles.append(heading[1])
+        return f'<h2 id="part-{len(titles)}">{heading[1]}</h2>'
+
+    title, *rest = [re.sub("<h2>(.*?)</h2>", anchored, part) for part in parts]
+    links = (f'<li><a href="#part-{n}">{text}</a></li>' for n, text in enumerate(titles, 1))
+    return [title, f"<nav><ol>{''.join(links)}</ol></nav>", *rest]
 
 
 def _answers(run: str, samples: Sequence[Samples]) -> list[str]:

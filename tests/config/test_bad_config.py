@@ -70,6 +70,11 @@ def effective(key: str, value: Any) -> Any:
     if key in allowed:
         assert isinstance(value, str) and value in allowed[key]
         return value
+    if key == "aot_grades":
+        assert isinstance(value, list) and value
+        assert all(type(item) in (int, float) and abs(item) < float("inf") for item in value)
+        assert value == sorted(set(value))
+        return value
     if key == "aot_report":
         if isinstance(value, str):
             yes, no = ("true", "yes", "on", "1", "t", "y"), ("false", "no", "off", "0", "f", "n")
@@ -93,7 +98,12 @@ def effective(key: str, value: Any) -> Any:
 @MANY
 @given(key=st.sampled_from(KEYS), value=VALUES)
 def test_any_value_of_our_keys(key: str, value: Any, validated: Any) -> None:
-    needed = {"aot_sort_epsilon": {"aot_sort": "soft"}, "aot_samples": {"val_set_size": 2}}
+    rated = {"path": "rows.jsonl", "ds_type": "json", "type": "chat_template.default"}
+    needed = {
+        "aot_sort_epsilon": {"aot_sort": "soft"},
+        "aot_samples": {"val_set_size": 2},
+        "aot_grades": {"aot_mode": "unpaired", "datasets": [rated]},
+    }
     keys = needed.get(key, {})
     value = yaml.safe_load(yaml.safe_dump(value))  # what the YAML holds
     try:

@@ -2,43 +2,20 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import config, paired_rows, saved_in_process, unpaired_rows, write_config, write_rows
+from harness import config, paired_rows, unpaired_rows, write_config, write_rows
 from host_process import Fork
 
 pytestmark = pytest.mark.slow
 
 
-def train(path: str, plugin: str) -> None:
-    """Trains, and writes what the process has loaded and how the host has validated the config."""
-    assert not any(name.startswith("aot_plugin") for name in sys.modules)
-    if plugin == "hidden":  # as if the plugin were not installed
-        import axolotl.integrations.base as host
-
-        real = host.entry_points
-        host.entry_points = lambda **keys: [
-            point for point in real(**keys) if not point.value.startswith("aot_plugin")
-        ]
-    from axolotl.cli.config import load_cfg
-    from axolotl.cli.train import do_cli
-
-    sys.argv = ["train"]
-    cfg = load_cfg(path).to_dict()
-    with saved_in_process():
-        do_cli(config=path)
-    loaded = "aot_plugin" in sys.modules, any(m.startswith("aot_plugin.t") for m in sys.modules)
-    seen = {"loaded": loaded, "config": cfg}
-    Path(path).with_suffix(".json").write_text(json.dumps(seen, sort_keys=True, default=str))
-
-
 def run(cfg: dict[str, Any], plugin: str) -> tuple[list[bool], dict[str, Any], list[Any]]:
     out = Path(cfg["output_dir"])
     path = write_config(out.parent / "config.yml", cfg)
-    process = Fork("test_good_guest:train", str(path), plugin, log=path.with_suffix(".log"))
+    process = Fork("guest:train", str(path), plugin, log=path.with_suffix(".log"))
     assert process.wait() == 0, process.log.read_text()[-6000:]
     seen = json.loads(path.with_suffix(".json").read_text())
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())

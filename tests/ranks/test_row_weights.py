@@ -1,5 +1,7 @@
 """Rows of unequal weights on two ranks (DDP): one problem, in which repeated rows have no mass.
 
+Unpaired rows are graded, too: a problem for each two neighbouring levels.
+
 As in ``test_ranks.py`` a run in one process is the reference, and a run that takes all weights for
 equal must miss, as must one in which repeated rows count.
 """
@@ -22,7 +24,10 @@ ROWS, EVAL_ROWS = 37, 21
 def rows(mode: str) -> list[dict[str, Any]]:
     made = (paired_rows if mode == "paired" else unpaired_rows)(ROWS + EVAL_ROWS)
     rng = random.Random(0)
-    return [row | {"trust": round(rng.choice((0.2, 1.0, 5.0)) * rng.random(), 3)} for row in made]
+    return [
+        row | {"trust": round(rng.choice((0.2, 1.0, 5.0)) * rng.random(), 3), "stars": i * 7 % 5}
+        for i, row in enumerate(made)
+    ]
 
 
 class Bench:
@@ -38,7 +43,9 @@ class Bench:
         cut = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
         keys = {"max_steps": 6, "num_epochs": 2, "learning_rate": 0.0003, "eval_steps": 3, **keys}
         cfg = config(self.model, data["train"], self.work / name, aot_mode=mode, **cut, **keys)
-        entry = cfg["datasets"][0] | weigh
+        entry = cfg["datasets"][0] | weigh | {"type": "chat_template.default"}
+        if mode == "unpaired":
+            entry |= {"field_label": "stars", "grades": [1, 2, 4]}
         cfg["datasets"], cfg["test_datasets"] = [entry], [entry | {"path": str(data["eval"])}]
         return cfg
 

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from aot_plugin.ot.dominance import dominance_statistics
 from aot_plugin.report import page, record_evaluation
 from aot_plugin.report.cli import run_names
 from aot_plugin.report.comparison import Named, gaps, history, side_by_side
+from aot_plugin.report.curves import load_log, training_curves
 from aot_plugin.report.page import comparison_page
 from aot_plugin.report.plots import margins_panel, quantile_figure
 from aot_plugin.report.samples import Samples, load_samples
@@ -234,6 +236,42 @@ def test_levels_have_tables_and_curves(weighted, make_graded, make_unpaired):
         assert row[2].startswith(f"{found['violation_amount']:.4g}[")
     assert rows[1][1].split("%")[0] != "0.0"  # the third level lies below the second
     assert "levels of graded" in text and "levels of plain" not in text
+
+
+def test_contents_lead_to_every_part(make_paired):
+    checker = checked(comparison_page([Named("a", make_paired())], n_resamples=20))
+    anchors = [tag[1]["id"] for tag in checker.tags if tag[0] == "h2"]
+    links = [tag[1]["href"] for tag in checker.tags if tag[0] == "a"]
+    assert links == [f"#{anchor}" for anchor in anchors] and len(links) == 3
+
+
+def test_training_curves_of_twenty_runs(make_paired, tmp_path):
+    logs = {}
+    for number in range(20):
+        run = tmp_path / f"run-{number}"
+        history = [{"step": s, "loss": number / s, "aot/violation_amount": s} for s in (1, 2, 4)]
+        history.append({"step": 4, "eval_loss": 1.0})
+        # A run that was stopped has the log of its latest checkpoint.
+        for place in [run / "checkpoint-2", run / "checkpoint-10"] if number % 2 else [run]:
+            place.mkdir(parents=True)
+            entries = history if place.name != "checkpoint-2" else history[:1]
+            (place / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+        logs[run.name] = load_log(run)
+    logs["none"] = load_log(tmp_path)
+    figure = training_curves(logs)
+    drawn = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in drawn] == ["loss", "violation amount"]
+    assert [line.get_ydata().tolist() for line in drawn[0].lines] == [
+        [number, number / 2, number / 4] for number in range(20)
+    ]
+    styles = {(line.get_marker(), str(line.get_linestyle())) for line in drawn[0].lines}
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 20 and len({line.get_color() for line in drawn[0].lines}) == 5
+    dashes = {(line.get_marker(), str(line._dash_pattern)) for line in drawn[0].lines}
+    assert len(styles | dashes) >= 20
+    assert training_curves({"one": logs["run-0"][:1]}) is None
+    page_text = comparison_page([Named("run-0", make_paired())], 20, logs=logs)
+    assert ">Training</h2>" in page_text
 
 
 def test_every_level_is_drawn(make_graded):
