@@ -106,7 +106,7 @@ class EvaluationMixin(SamplesMixin, ThroughputMixin):
             weight: the rows' masses, [rows]; None if all are equal.
 
         Returns:
-            Bootstrap intervals for the log.
+            Bootstrap intervals for the log; none for graded rows.
         """
         step = self.state.global_step
         make = _paired if self._objective.step_class is PairedLogps else _unpaired
@@ -119,7 +119,10 @@ class EvaluationMixin(SamplesMixin, ThroughputMixin):
             )
         if "summary" not in written:
             return {}
-        intervals = json.loads(written["summary"].read_text())["margins"]["intervals"]
+        summary = json.loads(written["summary"].read_text())
+        if summary["levels"]:
+            return {}  # what is logged is the mean over the levels, whose interval is not known
+        intervals = summary["margins"]["intervals"]
         return {
             f"aot/{name}_{end}": value
             for name in ("violation_fraction", "violation_amount")
@@ -145,10 +148,11 @@ def _unpaired(columns: np.ndarray, **common: Any) -> Scores:
     """Scores of labelled rows from the rows of ``prediction_step``, [rows, 1, 7]."""
     logps, ref_logps, label, tokens = columns[:, 0, :4].T
     graded = ((label != 0) & (label != 1)).any()
+    highest = label.max() if graded else 1  # a small evaluation set may lack level 1
     return Scores.unpaired(
         logps=logps,
         ref_logps=ref_logps,
-        label=label == 1,
+        label=label == highest,
         tokens=tokens,
         level=label if graded else None,
         **common,

@@ -186,8 +186,8 @@ class Scores:
             label: True for positive completions, [n].
             tokens: numbers of completion tokens, [n].
             weight: relative masses of the rows, [n]; None if all are equal.
-            level: levels of graded rows, [n], from 0 (the lowest) to 1 (``label`` True); None for
-                two labels.
+            level: levels of graded rows, [n], from 0 (the lowest) to 1; ``label`` is True for the
+                highest one in the evaluation. None for two labels.
             score: see the class.
 
         Raises:

@@ -50,7 +50,6 @@ def step_metrics(
         for statistics in compare
         for name, values in _by_name([statistics(*samples) for samples in comparisons]).items()
     }
-    metrics["aot/nll"] = negative_log_likelihood(whole).item()
     if isinstance(step, PairedLogps):
         u, v, mass, _ = comparisons[0]
         metrics["aot/recoupled_fraction"] = recoupled_fraction(u, v, mass)
@@ -65,6 +64,7 @@ def step_metrics(
         good, bad = whole.logps[whole.is_positive], whole.logps[~whole.is_positive]
     if len(good) == 0 or len(bad) == 0:
         return metrics  # of graded rows, none of the highest level
+    metrics["aot/nll"] = negative_log_likelihood(whole).item()
     metrics["logps/chosen"] = _mean(good, step.u_mass)
     metrics["logps/rejected"] = _mean(bad, step.v_mass)
     metrics["rewards/chosen"] = _mean(chosen, step.u_mass)

@@ -76,6 +76,8 @@ def test_every_cut_gives_the_same_run(graded: Graded, tmp_path: Path) -> None:
     ]
     violation = [c["statistics"]["violation_amount"] for c in summary["levels"]]
     assert whole.logged("eval_aot/violation_amount")[-1] == pytest.approx(np.mean(violation))
+    # An interval of the highest level against all others would not be one of this mean.
+    assert whole.logged("eval_aot/violation_amount_low") == []
     assert (folder / "quantiles-eval-step5.png").stat().st_size > 10_000
     main(["report", str(tmp_path / "whole"), "--output", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text()
@@ -96,3 +98,19 @@ def test_levels_that_a_step_lacks_are_bridged_and_counted(graded: Graded, caplog
     run = graded.run("few", 1, 3, aot_grades=[2, 3, 4, 5])
     assert all(2 <= found <= 3 for found in run.logged("aot/levels"))
     assert "with 3 rows sorted together, some steps have no rows of level 0 " in caplog.text
+
+
+def test_an_evaluation_without_the_highest_level_is_recorded(
+    graded: Graded, tmp_path: Path
+) -> None:
+    """The highest one that it has is compared with the others."""
+    rows = [json.loads(line) for line in graded.held_out.read_text().splitlines()]
+    write_rows(graded.held_out, [row for row in rows if row["stars"] < 4])
+    run = graded.run("low", aot_grades=[2, 4])
+    summary = json.loads((tmp_path / "low" / "aot" / "dominance-eval-step5.json").read_text())
+    (only,) = summary["levels"]
+    assert (only["high"], only["low"]) == (0.5, 0.0)
+    assert only["statistics"] == summary["margins"]["statistics"]
+    violation = summary["margins"]["statistics"]["violation_amount"]
+    assert run.logged("eval_aot/violation_amount")[-1] == pytest.approx(violation)
+    assert main(["report", str(tmp_path / "low"), "--output", str(tmp_path / "page.html")]) == 0
