@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -38,15 +39,17 @@ def resolve_datasets(cfg: Mapping[str, Any], mode: str) -> dict[str, Any]:
     """
     updates: dict[str, Any] = {}
     options: dict[str, dict[str, Any]] = {}
+    grades: dict[str, list[Any]] = {}
     for where in LISTS:
         if cfg.get(where):
             if not isinstance(cfg[where], list):
                 raise ValueError(f"`{where}: {cfg[where]}` is wrong: write a list of datasets")
             updates[where], found = _resolve(cfg[where], mode, where, cfg)
             options |= found
+            grades[where] = [entry["options"].get("grades") for entry in found.values()]
     if options:
         updates["aot_datasets"] = options
-    _check_grades(cfg, [found["options"].get("grades") for found in options.values()])
+    _check_grades(cfg, grades)
     return updates
 
 
@@ -141,18 +144,19 @@ LABELLING_KEYS = frozenset(
 def _reads_ratings(entry: Mapping[str, Any], name: str, mode: str) -> bool:
     """Whether ``aot_grades`` divides the ratings of an entry that says nothing else."""
     knows = "grades" in strategies(mode)[name].options.model_fields
-    return knows and not LABELLING_KEYS & entry.keys()
+    said = {key for key, value in entry.items() if value is not False}  # `best_and_worst: false`
+    return knows and not LABELLING_KEYS & said
 
 
-def _check_grades(cfg: Mapping[str, Any], grades: Sequence[list[float] | None]) -> None:
-    if cfg.get("aot_grades") and not any(grades):
+def _check_grades(cfg: Mapping[str, Any], grades: Mapping[str, list[Any]]) -> None:
+    if cfg.get("aot_grades") and not any(grades.get("datasets", ())):
         raise ValueError(
             "`aot_grades`: no entry of `datasets` takes ratings; write `type: "
             "chat_template.default` or `chat_template.listwise`, without `positive_min`, "
             "`best_and_worst` and `field_preference`"
         )
     # With two levels rows are positive and negative, which goes with any number of levels.
-    counts = sorted({len(found) + 1 for found in grades if found} - {2})
+    counts = sorted({len(found) + 1 for found in chain(*grades.values()) if found} - {2})
     if len(counts) > 1:
         raise ValueError(
             f"`grades` of one entry make {counts[0]} levels, those of another {counts[-1]}: write "

@@ -84,11 +84,12 @@ def test_the_key_at_the_top_is_for_entries_that_say_nothing_else() -> None:
     listed = rated | {"type": "chat_template.listwise", "field_responses": "answers"}
     cfg = {"aot_grades": [2, 4], "datasets": [rated, mine, two, listed]}
     cfg["datasets"].append(listed | {"best_and_worst": True})
+    cfg["datasets"].append(listed | {"best_and_worst": False})
     cfg["datasets"].append(rated | {"type": "chat_template.paired"})
     found = resolve_datasets(cfg, "unpaired")
     keys = [entry.type.partition("_")[2].partition("_")[2] for entry in found["datasets"]]
     by_entry = [found["aot_datasets"][key]["options"].get("grades") for key in keys]
-    assert by_entry == [[2, 4], [0.3, 0.6], None, [2, 4], None, None]
+    assert by_entry == [[2, 4], [0.3, 0.6], None, [2, 4], None, [2, 4], None]
     # Other thresholds, other prepared rows.
     again = resolve_datasets({**cfg, "aot_grades": [2, 3]}, "unpaired")
     assert again["datasets"][0].type != found["datasets"][0].type
@@ -104,6 +105,11 @@ def test_the_key_at_the_top_is_for_entries_that_say_nothing_else() -> None:
         ({"aot_grades": [float("nan")]}, {}, "write thresholds in rising order"),
         ({"aot_grades": [2], "aot_mode": "paired"}, {}, "write `aot_mode: unpaired`"),
         ({"aot_grades": [2]}, {"positive_min": 3, "negative_max": 1}, "no entry of `datasets`"),
+        (
+            {"aot_grades": [2], "test_datasets": [{"path": "b.jsonl", "type": "chat_template"}]},
+            {"type": "chat_template.paired"},
+            "no entry of `datasets`",
+        ),
         ({}, {"grades": []}, "`datasets[0].grades: []` is wrong"),
         (
             {},
