@@ -32,6 +32,7 @@ from .accounting import RowCounts, check_labels, count_rows, table
 from .blame import BadRow, check_host_type, naming_the_row
 from .images import check_images, has_images, with_turns
 from .labels import Drop
+from .levels import level_of
 from .mixing import is_mixed, rows_taken
 from .rendering import save_rendering
 from .strategy import arranged, transform_for
@@ -361,11 +362,16 @@ def _show_labels(
         if prompt is None:
             show(Dataset.from_list([row]), tokenizer=tokenizer, num_examples=1, **kwargs)
             continue
-        names = COMPLETIONS[mode] if mode == "paired" else [LABELS[row["label"]]]
+        names = COMPLETIONS[mode] if mode == "paired" else [_label_in_words(row)]
         for name, completion in zip(names, completions, strict=True):
             LOG.info("%s row:", name)
             ids = {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
             check_example_labels(ids, tokenizer, text_only=kwargs["text_only"])
+
+
+def _label_in_words(row: dict[str, Any]) -> str:
+    level = level_of(row)
+    return LABELS[bool(level)] if level in (0, 1) else f"level {level:.2g}"
 
 
 def _seed(cfg: Any) -> int:

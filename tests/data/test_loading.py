@@ -228,6 +228,14 @@ def test_preprocess_debug_shows_the_tokens_that_are_trained(preprocess_debug, to
     assert all(row in expected for row in shown)
 
 
+def test_preprocess_debug_names_the_levels_of_graded_rows(preprocess_debug, caplog):
+    # The host draws the examples.
+    content = [question(i) | {"completion": f"So {i}.", "label": 2 + i // 7} for i in range(8)]
+    preprocess_debug(content, "unpaired", grades=[2, 3])
+    named = {r.getMessage() for r in caplog.records if r.getMessage().endswith(" row:")}
+    assert named and named <= {"level 0.5 row:", "positive row:"}
+
+
 def test_preprocess_debug_of_pairs(preprocess_debug, tokenizer):
     """Ids and labels of what is trained, as for rows with labels."""
     content = [question(i) | {"chosen": f"Yes {i}.", "rejected": f"No {i}."} for i in range(4)]
