@@ -163,6 +163,8 @@ def outcomes(
     for number, row in zip(known, rows, strict=False):
         with _naming(resolved, number):
             found = list(strategy.examples(row, options))
+            if not is_graded(options):
+                _refuse_levels(found)
             if not options.field_weight:
                 _refuse_weights(found)
             else:
@@ -177,6 +179,13 @@ def _refuse_weights(found: list[Outcome]) -> None:
             "its strategy gives an example a weight of its own; weights come from a column of the "
             "rows, which `field_weight` names"
         )
+
+
+def _refuse_levels(found: list[Outcome]) -> None:
+    # As a label, a level would become true.
+    levels = [o.label for o in found if isinstance(o, Example) and o.label not in (False, True)]
+    if levels:
+        raise RowError(f"its strategy gives the level {levels[0]:g}, and its entry has no `grades`")
 
 
 def _with_weight(outcome: Outcome, weight: float) -> Outcome:

@@ -16,7 +16,7 @@ class EmojiOptions(ConversationOptions):
 
 
 def emoji_examples(row, options):
-    label = {"👍": True, "👎": False}.get(row[options.field_emoji], Drop.UNLABELED)
+    label = {"👍": True, "👎": False, "🤏": 0.5}.get(row[options.field_emoji], Drop.UNLABELED)
     yield example(row, row["completion"], label, options)
 
 
@@ -62,3 +62,12 @@ def test_a_name_of_ours_can_t_be_taken(register):
     register("chat_template.default")
     with pytest.raises(ValueError, match="is registered by"):
         resolve_unpaired_datasets([{"path": "x", "type": "chat_template.default"}])
+
+
+def test_a_level_of_its_own_is_refused_without_grades(register):
+    """In a column of labels every level but 0 would be true."""
+    register("emoji.default")
+    _, resolved = resolve_unpaired_datasets([{"path": "rows", "type": "emoji.default"}])
+    rows = [{"prompt": "Hi", "completion": "Yes.", "emoji": face} for face in "👍🤏"]
+    with pytest.raises(ValueError, match=r"^rows, row 5: its strategy gives the level 0\.5, and"):
+        list(outcomes(rows, *resolved.values(), numbers=[4, 5]))
