@@ -1,6 +1,7 @@
 """Labels from the cells of a label column."""
 
 import math
+import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 from decimal import Decimal
@@ -101,9 +102,9 @@ def parse_number(value: Any) -> float | Drop:
 
 def label_from_rating(rating: float, positive_min: float, negative_max: float) -> bool | Drop:
     """True from ``positive_min`` up, False from ``negative_max`` down, else ``Drop.BETWEEN``."""
-    if rating >= positive_min:
+    if rating >= min(_both(positive_min)):
         return True
-    if rating <= negative_max:
+    if rating <= max(_both(negative_max)):
         return False
     return Drop.BETWEEN
 
@@ -115,4 +116,13 @@ def level_from_rating(rating: float, grades: Sequence[float]) -> float:
         rating: the rating.
         grades: the lowest rating of each level but the lowest one, increasing.
     """
-    return bisect_right(grades, rating) / len(grades)
+    return bisect_right([min(_both(grade)) for grade in grades], rating) / len(grades)
+
+
+def _both(threshold: float) -> tuple[float, float]:
+    """A threshold, and the number that a column of float32 holds in its place: in such a column 0.7
+    is 0.699999988."""
+    try:
+        return threshold, struct.unpack("f", struct.pack("f", threshold))[0]
+    except OverflowError:
+        return threshold, threshold

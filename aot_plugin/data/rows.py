@@ -286,7 +286,9 @@ def judge(row: Row, field: str, options: DefaultOptions | ListwiseOptions) -> La
             return parse_label(value)
         rating = parse_number(value)
     except ValueError as error:
-        raise RowError(f"`{field}`: {error}") from None
+        advice = "; entries with other labels than ratings need no `grades`: instead of "
+        advice += "`aot_grades`, write `grades` in the entries that have ratings"
+        raise RowError(f"`{field}`: {error}{advice if options.grades else ''}") from None
     if isinstance(rating, Drop):
         return rating
     if low is not None and high is not None:

@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..data import WEIGHT
+from ..data import LEVEL, WEIGHT
 from ..data.images import COLUMNS
 from ..digests import digest
 from .nodes import ask_each_node
@@ -115,7 +115,7 @@ def refuse_unlike_rows(*datasets: Any) -> None:
     for dataset in datasets:
         for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
             if part is not None:
-                refuse_unlike_nodes("rows", ask_each_node(partial(_rows_and_weights, part))[0])
+                refuse_unlike_nodes("rows", ask_each_node(partial(_all_of_the_rows, part))[0])
 
 
 def reference_file(folder: Path, identity: Callable[[], Identity]) -> tuple[Path, bool]:
@@ -169,9 +169,9 @@ def rows_digest(dataset: Dataset) -> str:
     return found.hexdigest()
 
 
-def _rows_and_weights(dataset: Dataset) -> str:
-    weights = dataset[WEIGHT][:] if WEIGHT in dataset.column_names else None
-    return digest([rows_digest(dataset), weights])
+def _all_of_the_rows(dataset: Dataset) -> str:
+    names = [name for name in ("label", LEVEL, WEIGHT) if name in dataset.column_names]
+    return digest([rows_digest(dataset), {name: dataset[name][:] for name in names}])
 
 
 def _ids(dataset: Dataset) -> Iterator[bytes]:

@@ -1,11 +1,19 @@
 import math
 from decimal import Decimal
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from aot_plugin.data.labels import WORDS, Drop, label_from_rating, parse_label, parse_number
+from aot_plugin.data.labels import (
+    WORDS,
+    Drop,
+    label_from_rating,
+    level_from_rating,
+    parse_label,
+    parse_number,
+)
 
 
 @pytest.mark.parametrize("value", [True, 1, 1.0, "good", "Chosen", " TRUE ", "1", "thumbs_up"])
@@ -49,7 +57,22 @@ def test_not_numbers(value):
 @given(st.floats(allow_nan=False), st.floats(-1e9, 1e9), st.floats(1e-3, 1e9))
 def test_thresholds_are_inclusive_and_leave_a_gap(rating, low, gap):
     high = low + gap
+    assume(rating not in (np.float32(high), np.float32(low)))  # see below
     label = label_from_rating(rating, positive_min=high, negative_max=low)
     assert (label is True) == (rating >= high)
     assert (label is False) == (rating <= low)
     assert (label is Drop.BETWEEN) == (low < rating < high)
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.1, 4.35, -2.3, 3.0, 8.0])
+def test_a_rating_of_float32_reaches_its_threshold(threshold):
+    stored = float(np.float32(threshold))
+    assert label_from_rating(stored, positive_min=threshold, negative_max=threshold - 1) is True
+    assert label_from_rating(stored, positive_min=threshold + 1, negative_max=threshold) is False
+    assert level_from_rating(stored, [threshold - 1, threshold]) == 1
+    below = float(np.nextafter(np.float32(threshold), np.float32(-np.inf)))
+    assert level_from_rating(below, [threshold - 1, threshold]) == 0.5
+
+
+def test_a_threshold_may_exceed_float32():
+    assert level_from_rating(1.0, [0.5, 1e300]) == 0.5
