@@ -1,4 +1,4 @@
-"""Command-line tools for training runs: `python -m aot_plugin COMMAND`.
+"""Command-line tools around training: `python -m aot_plugin COMMAND`.
 
 Modules are imported only by the command that needs them.
 """
@@ -6,25 +6,32 @@ Modules are imported only by the command that needs them.
 import argparse
 import sys
 
+from . import examples
 from .report import cli as report
+
+COMMANDS = (
+    ("configs", "write the example configs to a directory", examples),
+    ("report", "compare runs by first-order stochastic dominance", report),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m aot_plugin", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "report",
-        help="compare runs by first-order stochastic dominance",
-        description=report.DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    report.add_arguments(command)
-    command.set_defaults(run=report.main)
+    for name, summary, module in COMMANDS:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=module.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.main, prog=command.prog)
     arguments = parser.parse_args(argv)
     try:
         print(arguments.run(arguments))
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{arguments.prog}: error: {error}", file=sys.stderr)
         return 1
     return 0
 

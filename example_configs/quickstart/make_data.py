@@ -8,7 +8,7 @@ training does can be measured by the same rule.
     python example_configs/quickstart/prepare_model.py
     python example_configs/quickstart/make_data.py
 
-The data is in the repository already. Another machine rounds otherwise and so samples other text.
+The data is there already. Another machine rounds otherwise and so samples other text.
 """
 
 import argparse

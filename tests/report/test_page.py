@@ -177,7 +177,7 @@ def test_errors_are_one_line_for_the_user(arguments, message, tmp_path, monkeypa
     (tmp_path / "empty").mkdir()
     assert main(["report", *arguments]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("python -m aot_plugin: error: ") and message in error
+    assert error.startswith("python -m aot_plugin report: error: ") and message in error
 
 
 def test_run_names(tmp_path):
