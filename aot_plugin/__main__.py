@@ -15,12 +15,24 @@ COMMANDS = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m aot_plugin", description=__doc__)
+def main(
+    argv: list[str] | None = None, prog: str = "python -m aot_plugin", prefix: str = ""
+) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the command and its arguments; those of the process if it is None.
+        prog: the program that was called, for its help and errors.
+        prefix: what the commands' names begin with there.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, summary, module in COMMANDS:
         command = commands.add_parser(
-            name,
+            prefix + name,
             help=summary,
             description=module.DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,

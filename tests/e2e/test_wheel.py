@@ -120,6 +120,8 @@ def test_a_training_with_the_wheel_alone(
     assert log.read_text().strip().endswith(expected)
 
     first = run("-m", "aot_plugin", "configs", "my/aot", cwd=work, path=installed)
+    again = forked_axolotl("aot-configs", "my/aot", **host)
+    assert again.endswith(first)
     assert (work / "my/aot/deepspeed/zero3.json").is_file()
 
     # The tiny model stands where prepare_model.py would write the quickstart's.
@@ -133,4 +135,12 @@ def test_a_training_with_the_wheel_alone(
 
     page = run("-m", "aot_plugin", "report", "outputs/quickstart", cwd=work, path=installed)
     assert page.strip() == "report.html"
-    assert (work / "report.html").is_file()
+    forked_axolotl("aot-report", "outputs/quickstart", "--output", "host.html", **host)
+    assert (work / "host.html").read_bytes() == (work / "report.html").read_bytes()
+
+
+def test_the_hosts_help(distributions: Distributions, tmp_path: Path) -> None:
+    host = {"env": {"PYTHONPATH": str(distributions.installed)}, "cwd": tmp_path}
+    shown = forked_axolotl("--help", **host)
+    assert re.search("aot-configs +Write AOT", shown) and re.search("aot-report +Compare", shown)
+    assert "usage: axolotl aot-report [-h]" in forked_axolotl("aot-report", "--help", **host)

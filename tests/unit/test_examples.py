@@ -1,6 +1,7 @@
 """`python -m aot_plugin configs DIR`: its paths work where it ran, and the user's files stay."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -95,3 +96,15 @@ def test_a_missing_package_of_the_quickstart(
     with pytest.raises(SystemExit, match=command):
         prepare_model(Path("model"))
     assert not Path("model").exists()
+
+
+def test_the_hosts_help_imports_little() -> None:
+    """`axolotl --help` imports the module of the commands, whoever asks."""
+    code = (
+        "import sys, click\nbefore = set(sys.modules)\nimport aot_plugin.commands\n"
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+    new = set(run.stdout.decode().split())
+    assert "aot_plugin" in new
+    assert new - {"aot_plugin"} <= sys.stdlib_module_names
