@@ -67,7 +67,7 @@ def load_fresh[Loaded](cfg: Any, load: Callable[[], Loaded]) -> Loaded:
             prepare other rows in the same folder or files are being edited.
     """
     if cfg.skip_prepare_dataset:
-        with _without_cache(True):
+        with without_cache(True):
             return load()
     tokenizer = load_tokenizer(cfg)
     settings = _settings(cfg, tokenizer)  # only once: it hashes the whole vocabulary
@@ -83,7 +83,7 @@ def load_fresh[Loaded](cfg: Any, load: Callable[[], Loaded]) -> Loaded:
 
     for _ in range(ATTEMPTS):
         prepared = under_lock(_keep_if_fresh)
-        with _without_cache(not prepared):
+        with without_cache(not prepared):
             loaded = load()
         if under_lock(_is_fresh):
             return loaded
@@ -95,7 +95,7 @@ def load_fresh[Loaded](cfg: Any, load: Callable[[], Loaded]) -> Loaded:
 
 
 @contextlib.contextmanager
-def _without_cache(off: bool) -> Iterator[None]:
+def without_cache(off: bool) -> Iterator[None]:
     """Disables the cache of `datasets` if ``off``.
 
     The cache identifies a function of an importable module by its name alone.

@@ -70,15 +70,8 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
             have the same label.
     """
     unpaired = cfg["aot_mode"] == "unpaired"
-    _restore_types(cfg)
-    with (
-        naming_the_row(cfg),
-        _replaced(rl, "load_dataset_with_config", partial(_load_taken, cfg)),
-        _replaced(rl, "_map_dataset", _map_rows),
-        _replaced(rl, "create_train_validation_split", _hold_out),
-        _replaced(rl, "save_preprocessed_dataset", _save_rows),
-        _replaced(common, "check_dataset_labels", _show_labels),
-    ):
+    restore_types(cfg)
+    with naming_the_row(cfg), our_rows(cfg):
         tokenizer = load_tokenizer(cfg) if is_main_process() else None
         counts = row_counts(cfg, tokenizer) if tokenizer is not None else {}
         # Logged first, since later errors refer to this table.
@@ -93,9 +86,9 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
     if tokenizer is not None and not preprocess and not images:
         save_rendering(cfg, tokenizer)
     if not unpaired:
-        meta.train_dataset = _without_identical(meta.train_dataset, "train")
+        meta.train_dataset = without_identical(meta.train_dataset, "train")
         if meta.eval_dataset is not None:
-            meta.eval_dataset = _without_identical(meta.eval_dataset, "test")
+            meta.eval_dataset = without_identical(meta.eval_dataset, "test")
     _refuse_empty(meta.train_dataset, cfg, "train")
     for split, dataset in (("train", meta.train_dataset), ("test", meta.eval_dataset)):
         _refuse_lost_weights(dataset, cfg, split)
@@ -104,7 +97,20 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
     return meta
 
 
-def _restore_types(cfg: Any) -> None:
+@contextlib.contextmanager
+def our_rows(cfg: Any) -> Iterator[None]:
+    """Has the host load the rows that we choose and prepare."""
+    with (
+        replaced(rl, "load_dataset_with_config", partial(_load_taken, cfg)),
+        replaced(rl, "_map_dataset", _map_rows),
+        replaced(rl, "create_train_validation_split", _hold_out),
+        replaced(rl, "save_preprocessed_dataset", _save_rows),
+        replaced(common, "check_dataset_labels", _show_labels),
+    ):
+        yield
+
+
+def restore_types(cfg: Any) -> None:
     """Gives the entries of ``test_datasets`` their user-defined types back.
 
     The host's validation takes such a mapping for one of supervised fine-tuning and drops the keys
@@ -155,7 +161,7 @@ def _refuse_other_images(images: bool, held_out: Dataset | None) -> None:
         )
 
 
-def _without_identical(dataset: Dataset, split: str) -> Dataset:
+def without_identical(dataset: Dataset, split: str) -> Dataset:
     """Drops pairs of Axolotl's types whose chosen and rejected responses are equal.
 
     Those of our types have been dropped before.
@@ -211,22 +217,38 @@ def _count_split(
 ) -> Iterator[RowCounts]:
     for entry in cfg[SPLITS[split]]:
         dataset = _all_rows(load_dataset_with_config(entry, cfg.hf_use_auth_token))
-        counts = RowCounts(entry["path"], split, rows=len(dataset))
-        dataset, numbers = _taken(dataset, entry, cfg)
-        if numbers is not None:
-            counts.taken = len(dataset)
-        images = check_images(dataset, entry["path"], numbers) if has_images(dataset) else None
-        resolved = _resolved(entry, cfg)
-        if resolved is None:
-            counts.counted = False
-            if weightless := _weighed(dataset, entry, numbers)[1]:
-                counts.dropped = {Drop.WEIGHTLESS.value: weightless}
-        else:
-            count_rows(dataset, resolved, counts, cfg, tokenizer, seen, numbers, images)
-        yield counts
+        yield count_entry(cfg, entry, split, dataset, tokenizer, seen)
 
 
-def _resolved(entry: Any, cfg: Any) -> dict[str, Any] | None:
+def count_entry(
+    cfg: Any, entry: Any, split: str, dataset: Dataset, tokenizer: Any, seen: set[int] | None
+) -> RowCounts:
+    """Counts the rows of an entry.
+
+    Args:
+        cfg: the run's config.
+        entry: the entry, of ``datasets`` (``split`` "train") or ``test_datasets`` ("test").
+        dataset: the entry's rows, as they were loaded.
+        tokenizer, seen: as for ``count_rows``.
+
+    Raises:
+        ValueError: if a row can't be read; names it.
+    """
+    counts = RowCounts(entry["path"], split, rows=len(dataset))
+    dataset, numbers = _taken(dataset, entry, cfg)
+    if numbers is not None:
+        counts.taken = len(dataset)
+    images = check_images(dataset, entry["path"], numbers) if has_images(dataset) else None
+    resolved = resolved_entry(entry, cfg)
+    if resolved is None:
+        counts.counted = False
+        if weightless := _weighed(dataset, entry, numbers)[1]:
+            counts.dropped = {Drop.WEIGHTLESS.value: weightless}
+        return counts
+    return count_rows(dataset, resolved, counts, cfg, tokenizer, seen, numbers, images)
+
+
+def resolved_entry(entry: Any, cfg: Any) -> dict[str, Any] | None:
     """The value in ``aot_datasets`` for an entry; None for the host's own types."""
     package, _, name = str(entry["type"]).partition(".")
     if package != "aot_plugin":
@@ -236,7 +258,7 @@ def _resolved(entry: Any, cfg: Any) -> dict[str, Any] | None:
 
 def _taken(dataset: Dataset, entry: Any, cfg: Any) -> tuple[Dataset, np.ndarray | None]:
     """The rows that an entry's type reads, and their numbers; None if every row is taken once."""
-    resolved = _resolved(entry, cfg)
+    resolved = resolved_entry(entry, cfg)
     if resolved is not None:
         images, dataset = has_images(dataset), arranged(dataset, resolved)
         if images and not has_images(dataset):
@@ -251,7 +273,7 @@ def _taken(dataset: Dataset, entry: Any, cfg: Any) -> tuple[Dataset, np.ndarray 
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Replaces a function of the host by one that gets the original as its first argument.
 
     The host has no hook between reading and preparing the rows.
@@ -269,7 +291,7 @@ def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kw
 
     The host's RL loader would read every row once, unchanged.
     """
-    dataset, resolved = _all_rows(load(entry, *args, **kwargs)), _resolved(entry, cfg)
+    dataset, resolved = _all_rows(load(entry, *args, **kwargs)), resolved_entry(entry, cfg)
     # Rows of turns with images need no type: TRL's collator reads them as they are.
     if resolved is None and (entry.get("type") or not has_images(dataset)):
         check_host_type(dataset, entry, cfg)
@@ -291,7 +313,7 @@ def _refuse_lost_weights(dataset: Dataset | None, cfg: Any, split: str) -> None:
     if dataset is None or WEIGHT in dataset.column_names:
         return
     for entry in cfg.get(SPLITS[split]) or []:
-        resolved = _resolved(entry, cfg)
+        resolved = resolved_entry(entry, cfg)
         if (entry if resolved is None else resolved["options"]).get("field_weight"):
             raise BadRow(
                 f"{entry['path']}: the weights (`field_weight`) are not in the prepared rows; its "
