@@ -7,9 +7,11 @@ import argparse
 import sys
 
 from . import examples
+from .check import cli as check
 from .report import cli as report
 
 COMMANDS = (
+    ("check", "show what a config will train, before a training", check),
     ("configs", "write the example configs to a directory", examples),
     ("report", "compare runs by first-order stochastic dominance", report),
 )
