@@ -42,7 +42,7 @@ def load_log(run: Path) -> Log:
     for place in [run, *reversed(checkpoints(run))]:
         if (place / STATE).is_file():
             state = json.loads((place / STATE).read_text(encoding="utf-8"))
-            return [entry for entry in state["log_history"] if "step" in entry]
+            return [entry for entry in state.get("log_history", []) if "step" in entry]
     return []
 
 
