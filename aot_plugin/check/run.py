@@ -102,7 +102,8 @@ def logged_facts(cfg: Any, graded: bool) -> Logged:
     if cfg.test_datasets or cfg.val_set_size:
         evaluation = ["loss", *ours]
         if cfg["aot_report"]:
-            amounts = ("violation_fraction", "violation_amount")
+            # Of graded rows means over the levels are logged, whose intervals are not known.
+            amounts = () if graded else ("violation_fraction", "violation_amount")
             evaluation += [f"aot/{name}_{end}" for name in amounts for end in ("low", "high")]
             files += _report_files(cfg)
     return Logged(train, evaluation, files, [name for key, name in LOGGERS.items() if cfg.get(key)])

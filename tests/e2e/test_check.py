@@ -85,7 +85,9 @@ def test_errors_are_one_line(
     assert main(["check", str(path)]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    (line,) = [line for line in err.splitlines() if line.startswith("python -m aot_plugin: error")]
+    (line,) = [
+        line for line in err.splitlines() if line.startswith("python -m aot_plugin check: error")
+    ]
     assert said in line and "\n" not in line.strip()
 
 
@@ -98,7 +100,7 @@ def test_rows_that_fail_are_shown_before_the_error(
     out, err = capsys.readouterr()
     assert "positive, trained" in out
     assert err.splitlines()[-1].startswith(
-        "python -m aot_plugin: error: `datasets`: all 8 rows are positive"
+        "python -m aot_plugin check: error: `datasets`: all 8 rows are positive"
     )
 
 
