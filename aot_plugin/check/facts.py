@@ -167,10 +167,9 @@ class Memory:
 
     def chunk(self, length: int) -> int:
         """Bytes of those that the chunked LM head holds at a time."""
-        from ..scoring.lm_head import CHUNK_ELEMENTS
+        from ..scoring.lm_head import chunk_tokens
 
-        tokens = max(1, CHUNK_ELEMENTS // self.vocabulary)
-        return 4 * self.vocabulary * min(tokens, self.tokens(length))
+        return 4 * self.vocabulary * min(chunk_tokens(self.vocabulary), self.tokens(length))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from ..data import LEVEL, WEIGHT, check_labels, level_of, levels
+from ..data import LEVEL, WEIGHT, check_labels, levels
 from ..data.first_rows import first_rows, mixing
 from ..data.images import has_images
-from ..data.loading import LABELS, SPLITS, resolved_entry
+from ..data.levels import label_in_words
+from ..data.loading import SPLITS, resolved_entry
 from ..data.tokens import COMPLETIONS, ids_columns
 from .facts import Entry, Lengths, Part, Shown
 
@@ -137,7 +138,7 @@ def _labels_first(kept: Dataset) -> Iterator[dict[str, Any]]:
 
 def _parts(row: dict[str, Any], cfg: Any, tokenizer: Any) -> list[Part]:
     mode = cfg["aot_mode"]
-    names = COMPLETIONS[mode] if mode == "paired" else (_label(row),)
+    names = COMPLETIONS[mode] if mode == "paired" else (label_in_words(row),)
     texts = [row["prompt"], *(row[name] for name in COMPLETIONS[mode])]
     if "prompt_ids" not in row:
         turns = zip(("prompt", *names), map(_turns, texts), strict=True)
@@ -158,11 +159,6 @@ def _parts(row: dict[str, Any], cfg: Any, tokenizer: Any) -> list[Part]:
 
 def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _label(row: dict[str, Any]) -> str:
-    level = level_of(row)
-    return LABELS[level == 1] if level in (0, 1) else f"level {level:.2g}"
 
 
 def _turns(turns: Sequence[dict[str, Any]]) -> str:

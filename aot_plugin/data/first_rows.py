@@ -13,14 +13,14 @@ from axolotl.common import datasets as common
 from axolotl.utils.data import rl
 from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.dict import DictDefault
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, IterableDataset, IterableDatasetDict
 
 from .accounting import RowCounts
 from .blame import naming_the_row
 from .freshness import without_cache
 from .labels import Drop
 from .levels import levels
-from .loading import SPLITS, count_entry, our_rows, replaced, without_identical
+from .loading import SPLITS, all_rows, count_entry, our_rows, replaced, without_identical
 from .tokens import is_text, prepare_tokens
 
 MIXING = ("weight", "shards", "shards_idx")
@@ -88,8 +88,7 @@ def _read(entry: Any, limit: int, token: Any) -> tuple[Dataset, bool]:
     """The first rows of an entry, and whether there are more."""
     rows = _streamed(entry, limit + 1, token)
     if rows is None:
-        found = load_dataset_with_config(entry, token)
-        rows = found["train"] if isinstance(found, DatasetDict) else found
+        rows = all_rows(load_dataset_with_config(entry, token))
     return rows.select(range(min(limit, len(rows)))), len(rows) > limit
 
 

@@ -20,6 +20,12 @@ def level_of(row: dict[str, Any]) -> float:
     return float(row["label"] if level is None else level)
 
 
+def label_in_words(row: dict[str, Any]) -> str:
+    """What a prepared row is called: "positive", "negative" or its level."""
+    level = level_of(row)
+    return {0.0: "negative", 1.0: "positive"}.get(level, f"level {level:.2g}")
+
+
 def levels(dataset: Dataset) -> NDArray[np.float64]:
     """The levels of all rows of a prepared dataset, [rows]."""
     labels = np.asarray(dataset["label"], dtype=np.float64)

@@ -32,7 +32,7 @@ from .accounting import RowCounts, check_labels, count_rows, table
 from .blame import BadRow, check_host_type, naming_the_row
 from .images import check_images, has_images, with_turns
 from .labels import Drop
-from .levels import level_of
+from .levels import label_in_words
 from .mixing import is_mixed, rows_taken
 from .rendering import save_rendering
 from .strategy import arranged, transform_for
@@ -46,7 +46,6 @@ LOG = get_logger("axolotl.aot_plugin.data")  # the host shows INFO of loggers be
 COUNTS_FILE = "aot_row_counts.json"
 DEFAULT_SEED = 42
 """The host's own default seed, in places where it has one."""
-LABELS = {True: "positive", False: "negative"}
 SPLITS = {"train": "datasets", "test": "test_datasets"}
 
 
@@ -216,7 +215,7 @@ def _count_split(
     cfg: Any, split: str, tokenizer: Any, seen: set[int] | None
 ) -> Iterator[RowCounts]:
     for entry in cfg[SPLITS[split]]:
-        dataset = _all_rows(load_dataset_with_config(entry, cfg.hf_use_auth_token))
+        dataset = all_rows(load_dataset_with_config(entry, cfg.hf_use_auth_token))
         yield count_entry(cfg, entry, split, dataset, tokenizer, seen)
 
 
@@ -291,7 +290,7 @@ def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kw
 
     The host's RL loader would read every row once, unchanged.
     """
-    dataset, resolved = _all_rows(load(entry, *args, **kwargs)), resolved_entry(entry, cfg)
+    dataset, resolved = all_rows(load(entry, *args, **kwargs)), resolved_entry(entry, cfg)
     # Rows of turns with images need no type: TRL's collator reads them as they are.
     if resolved is None and (entry.get("type") or not has_images(dataset)):
         check_host_type(dataset, entry, cfg)
@@ -384,16 +383,11 @@ def _show_labels(
         if prompt is None:
             show(Dataset.from_list([row]), tokenizer=tokenizer, num_examples=1, **kwargs)
             continue
-        names = COMPLETIONS[mode] if mode == "paired" else [_label_in_words(row)]
+        names = COMPLETIONS[mode] if mode == "paired" else [label_in_words(row)]
         for name, completion in zip(names, completions, strict=True):
             LOG.info("%s row:", name)
             ids = {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
             check_example_labels(ids, tokenizer, text_only=kwargs["text_only"])
-
-
-def _label_in_words(row: dict[str, Any]) -> str:
-    level = level_of(row)
-    return LABELS[bool(level)] if level in (0, 1) else f"level {level:.2g}"
 
 
 def _seed(cfg: Any) -> int:
@@ -402,7 +396,7 @@ def _seed(cfg: Any) -> int:
     return DEFAULT_SEED if cfg.seed is None else cfg.seed
 
 
-def _all_rows(dataset: Dataset | DatasetDict) -> Dataset:
+def all_rows(dataset: Dataset | DatasetDict) -> Dataset:
     # If there are several splits, the host's map uses this one.
     return dataset["train"] if isinstance(dataset, DatasetDict) else dataset
 

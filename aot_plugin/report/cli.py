@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .comparison import Named
-    from .curves import Log
-    from .samples import Samples
     from .scores import Scores
 
 DESCRIPTION = """\
@@ -67,11 +66,15 @@ def main(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError, OSError: with a message for the user.
     """
+    from .curves import load_log
     from .page import comparison_page
+    from .samples import load_samples
     from .scores import write_atomically
 
     page = comparison_page(
-        _evaluations(arguments), answers=_answers(arguments), logs=_logs(arguments)
+        _evaluations(arguments),
+        answers=_of_each(arguments.runs, load_samples),
+        logs=_of_each(arguments.runs, load_log),
     )
     output: Path = arguments.output
     write_atomically(output, lambda file: Path(file).write_text(page, encoding="utf-8"))
@@ -93,20 +96,9 @@ def _evaluations(arguments: argparse.Namespace) -> list[Named]:
     ]
 
 
-def _answers(arguments: argparse.Namespace) -> dict[str, list[Samples]]:
-    """The answers that the runs gave while they trained."""
-    from .samples import load_samples
-
-    runs: list[Path] = arguments.runs
-    return dict(zip(run_names(runs), map(load_samples, runs), strict=True))
-
-
-def _logs(arguments: argparse.Namespace) -> dict[str, Log]:
-    """What the runs logged while they trained."""
-    from .curves import load_log
-
-    runs: list[Path] = arguments.runs
-    return dict(zip(run_names(runs), map(load_log, runs), strict=True))
+def _of_each[Loaded](runs: list[Path], load: Callable[[Path], Loaded]) -> dict[str, Loaded]:
+    """What ``load`` finds in each run, by the runs' names."""
+    return dict(zip(run_names(runs), map(load, runs), strict=True))
 
 
 def _scores_of(run: Path, arguments: argparse.Namespace) -> list[Scores]:

@@ -131,9 +131,14 @@ def _needs_graph(inputs: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are held at a time."""
+    return max(1, CHUNK_ELEMENTS // vocabulary)
+
+
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
     """At least one, so that no tokens at all have results and gradients like any others."""
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    size = chunk_tokens(vocabulary)
     for start in range(0, max(tokens, 1), size):
         yield slice(start, start + size)
 
