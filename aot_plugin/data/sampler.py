@@ -11,14 +11,14 @@ from torch.utils.data import Sampler
 class StratifiedSampler(Sampler[int]):
     """A random order of all rows in which each run of k rows holds all labels in proportion.
 
-    Positives and negatives are shuffled separately and merged so that among the first i rows the
-    number of positives is i p rounded (p: their share of the data). Every block of k consecutive
-    rows then holds floor(k p) or ceil(k p) positives, so a step of k rows has a single label only
-    if k p or k (1 - p) is below 1. Within a block the order is random, so that no rank or
+    The rows of each label are shuffled separately and merged so that among the first i rows the
+    number of each differs from i p (p: its share of the data) by at most 1 - 1 / (2 (K - 1)), K the
+    number of labels. Of positives and negatives it is i p rounded, so that every block of k
+    consecutive rows holds floor(k p) or ceil(k p) positives, and a step of k rows has a single label
+    only if k p or k (1 - p) is below 1. Within a block the order is random, so that no rank or
     micro-batch gets one label by position.
 
-    Of several levels, the highest is merged with the rest in this way, and the rest is such an
-    order itself.
+    Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
 
     Args:
         labels: one number per row: 1 and 0, or levels.
@@ -48,16 +48,34 @@ class StratifiedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        levels, of_level = self.labels.unique(return_inverse=True)
+        rows = [(of_level == level).nonzero()[:, 0] for level in reversed(range(len(levels)))]
+        turns = torch.tensor(_turns([len(part) for part in rows]))
         order = torch.empty(len(self.labels), dtype=torch.int64)
-        places = torch.arange(len(self.labels))  # of the levels that are not placed yet
-        for level in self.labels.unique().flip(0):
-            rows = (self.labels == level).nonzero()[:, 0]
-            n = len(places)
-            # Integer arithmetic: floor((2 i R + n) / 2n) is i R / n rounded, without rounding
-            # errors.
-            count = (2 * torch.arange(n + 1) * len(rows) + n) // (2 * n)
-            taken = torch.diff(count).bool()
-            order[places[taken]] = rows[torch.randperm(len(rows), generator=generator)]
-            places = places[~taken]
+        for level, part in enumerate(rows):
+            order[turns == level] = part[torch.randperm(len(part), generator=generator)]
         for block in order.split(self.block_size):
             yield from block[torch.randperm(len(block), generator=generator)].tolist()
+
+
+def _turns(counts: Sequence[int]) -> list[int]:
+    """The level of each of n = sum(counts) places, so that the first i places hold each level in
+    proportion (Tijdeman's algorithm, in integers).
+
+    A level that has had x of its c places may have the i-th if c i / n - x >= s, and is late if it
+    has not before c i / n - x >= 1 - s, where s = 1 / (2 K - 2). Of those that may, the one that is
+    late first is next.
+    """
+    n, m = sum(counts), max(2 * len(counts) - 2, 1)
+    opens = [-(-n // (m * c)) for c in counts]
+    late = [-(-n * (m - 1) // (m * c)) for c in counts]
+    had = [0] * len(counts)
+    turns = []
+    for i in range(1, n + 1):
+        level = min((late[k], k) for k in range(len(counts)) if opens[k] <= i)[1]
+        turns.append(level)
+        had[level] += 1
+        share = m * counts[level]
+        opens[level] = -(-n * (1 + m * had[level]) // share)
+        late[level] = -(-n * (m - 1 + m * had[level]) // share)
+    return turns
