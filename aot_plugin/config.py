@@ -352,13 +352,15 @@ def _check_row_weights(cfg: Mapping[str, Any], args: AOTInputArgs) -> None:
 
 
 def _check_grades(args: AOTInputArgs) -> None:
+    from .data.labels import are_rising
+
     grades = args.aot_grades or []
     if args.aot_mode != "unpaired":
         raise ValueError(
             "`aot_grades` divides the ratings of single responses into levels; write `aot_mode: "
             "unpaired`, or remove it"
         )
-    if not all(math.isfinite(grade) for grade in grades) or grades != sorted(set(grades)):
+    if not all(math.isfinite(grade) for grade in grades) or not are_rising(grades):
         raise ValueError(f"`aot_grades: {grades}` is wrong: write thresholds in rising order")
 
 

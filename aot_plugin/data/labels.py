@@ -6,6 +6,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from decimal import Decimal
 from enum import StrEnum
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 Label = bool | float
@@ -109,6 +111,11 @@ def label_from_rating(rating: float, positive_min: float, negative_max: float) -
     return Drop.BETWEEN
 
 
+def are_rising(grades: Sequence[float]) -> bool:
+    """Whether thresholds are strictly increasing."""
+    return all(a < b for a, b in pairwise(grades))
+
+
 def level_from_rating(rating: float, grades: Sequence[float]) -> float:
     """The level of a rating: how many of the thresholds ``grades`` it reaches, as a share of all.
 
@@ -119,6 +126,7 @@ def level_from_rating(rating: float, grades: Sequence[float]) -> float:
     return bisect_right([min(_both(grade)) for grade in grades], rating) / len(grades)
 
 
+@cache  # asked for every rating
 def _both(threshold: float) -> tuple[float, float]:
     """A threshold, and the number that a column of float32 holds in its place: in such a column 0.7
     is 0.699999988."""

@@ -1,11 +1,12 @@
 """Options of a ``datasets:`` entry with one of our types."""
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
 from math import isfinite
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .labels import are_rising
 
 LOADER_KEYS = (
     *("path", "split", "name", "data_files", "ds_type", "revision", "trust_remote_code"),
@@ -71,7 +72,7 @@ class _Thresholds(ConversationOptions):
         if self.grades is not None:
             if not all(isfinite(grade) for grade in self.grades):
                 raise ValueError(f"`grades: {self.grades}`: write finite numbers")
-            if any(a >= b for a, b in pairwise(self.grades)):
+            if not are_rising(self.grades):
                 raise ValueError(f"`grades: {self.grades}`: write the thresholds in rising order")
             if low is not None:
                 raise ValueError("`grades` and `positive_min` both divide the ratings: keep one")

@@ -7,6 +7,7 @@ policy's log-probabilities; nothing else of the model is visible here.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import ClassVar, Literal
 
@@ -173,7 +174,7 @@ class UnpairedLogps:
         u."""
         return self.logps[self.is_positive], self.tokens[self.is_positive]
 
-    @property
+    @cached_property
     def comparisons(self) -> tuple["UnpairedLogps", ...]:
         """The transport problems of the step: each level that it has with the next lower one,
         highest first; without levels one. None if all rows have one label or level."""

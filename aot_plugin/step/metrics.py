@@ -34,17 +34,16 @@ def step_metrics(
             or their means (nats per token). ``logps/*`` are of whole responses in any case.
         order: of dominance; "second" adds the statistics of second order.
 
-
     Raises:
         ValueError: if the step has no ``comparisons``.
     """
-    if not step.comparisons:
-        raise ValueError("all rows of the step have one label")
     whole, step = step, compared(step, score)
     compare: list[Callable[..., dict[str, float]]] = [dominance_statistics]
     if order == "second":
         compare.append(second_order_statistics)
     comparisons = [_samples(part) for part in step.comparisons]
+    if not comparisons:
+        raise ValueError("all rows of the step have one label")
     metrics = {
         f"aot/{name}": sum(values) / len(values)
         for statistics in compare
