@@ -14,9 +14,9 @@ class StratifiedSampler(Sampler[int]):
     The rows of each label are shuffled separately and merged so that among the first i rows the
     number of each differs from i p (p: its share of the data) by at most 1 - 1 / (2 (K - 1)), K the
     number of labels. Of positives and negatives it is i p rounded, so that every block of k
-    consecutive rows holds floor(k p) or ceil(k p) positives, and a step of k rows has a single label
-    only if k p or k (1 - p) is below 1. Within a block the order is random, so that no rank or
-    micro-batch gets one label by position.
+    consecutive rows holds floor(k p) or ceil(k p) positives, and a step of k rows has a single
+    label only if k p or k (1 - p) is below 1. Within a block the order is random, so that no rank
+    or micro-batch gets one label by position.
 
     Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
 
