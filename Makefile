@@ -6,6 +6,7 @@
 #   make exactness-long        every architecture and setting at every cut of a step
 #   make check                 ruff, mypy and the direction of imports
 #   make docs                  the docs as a site, in build/site; broken links are errors
+#   make release               check, test and build what is committed, and tag it
 
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/aot-plugin
 VENV  ?= $(CACHE)/venv
@@ -17,7 +18,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: quickstart quickstart-unpaired test fast exactness-long check docs env
+.PHONY: quickstart quickstart-unpaired test fast exactness-long check docs release env
 
 quickstart: env
 	$(BIN)/python example_configs/quickstart/prepare_model.py $(MODEL)
@@ -52,6 +53,9 @@ check: env
 
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+release: env
+	BIN="$(BIN)" sh .ci/release.sh
 
 env:
 	@VENV="$(VENV)" sh .ci/env.sh
