@@ -21,7 +21,7 @@ from .plots import (
     rewards_panel,
 )
 from .samples import Samples
-from .summary import summarize
+from .summary import samples_of, summarize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,8 +62,10 @@ def comparison_page(
         The page as HTML.
 
     Raises:
-        ValueError: if a sample is empty or not finite; names run and eval set.
+        ValueError: if in every evaluation a sample is empty or not finite; names run and eval set.
+            Some such evaluations are left out, and the page names them.
     """
+    evaluations, left_out = _comparable(evaluations)
     latest = list(
         {
             (e.run, e.scores.eval_set): e for e in sorted(evaluations, key=lambda e: e.scores.step)
@@ -71,12 +73,7 @@ def comparison_page(
     )
     latest.sort(key=lambda e: [named.run for named in evaluations].index(e.run))
     names = [_name(evaluation) for evaluation in latest]
-    summaries = []
-    for name, evaluation in zip(names, latest, strict=True):
-        try:
-            summaries.append(summarize(evaluation.scores, n_resamples))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    summaries = [summarize(evaluation.scores, n_resamples) for evaluation in latest]
     body = [
         "<h1>Dominance report</h1>",
         f"<p>{_t(len(latest))} evaluation(s). Intervals in brackets are 95 % bootstrap intervals "
@@ -84,6 +81,7 @@ def comparison_page(
         "In evaluations that a run wrote while it trained they are what its loss compares: divided "
         "by the tokens with <code>aot_score: mean</code>, with less weight for the excess of a "
         "longer response with <code>dpo_ld_alpha</code>.</p>",
+        *(f"<p>Left out: {_t(reason)}.</p>" for reason in left_out),
         *_on_weights(names, summaries),
         _evaluations_table(names, summaries),
         "<h2>Margins: what AOT compares</h2>",
@@ -127,6 +125,24 @@ def comparison_page(
         + "\n".join(_with_contents(body))
         + "\n</body></html>\n"
     )
+
+
+def _comparable(evaluations: Sequence[Named]) -> tuple[list[Named], list[str]]:
+    """The evaluations that have something to compare, and why the others have not.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    kept, left_out = [], []
+    for evaluation in evaluations:
+        try:
+            samples_of(evaluation.scores)
+            kept.append(evaluation)
+        except ValueError as error:
+            left_out.append(f"{_name(evaluation)}: {error}")
+    if not kept:
+        raise ValueError("; ".join(left_out) or "no evaluations")
+    return kept, left_out
 
 
 def _levels(

@@ -79,10 +79,7 @@ def summarize(scores: Scores, n_resamples: int = 1000, seed: int = 0) -> dict[st
     Raises:
         ValueError: if a sample is empty or not finite; names it ("chosen rewards", ...).
     """
-    u_mass, v_mass = scores.u_mass, scores.v_mass
-    chosen = with_masses(scores.chosen_rewards, u_mass, "chosen rewards")
-    rejected = with_masses(scores.rejected_rewards, v_mass, "rejected rewards")
-    u, v = with_masses(scores.u, u_mass, "u"), with_masses(scores.v, v_mass, "v")
+    chosen, rejected, u, v = samples_of(scores)
     options: _Options = {"paired": scores.is_paired, "n_resamples": n_resamples, "seed": seed}
     win_rate, win_rate_interval = accuracy(
         chosen.values, rejected.values, **options, masses=(chosen.mass, rejected.mass)
@@ -111,6 +108,21 @@ def summarize(scores: Scores, n_resamples: int = 1000, seed: int = 0) -> dict[st
         },
     }
     return _plain(found)
+
+
+def samples_of(scores: Scores) -> tuple[Sample, Sample, Sample, Sample]:
+    """Chosen and rejected rewards, u and v.
+
+    Raises:
+        ValueError: if a sample is empty or not finite; names it.
+    """
+    u_mass, v_mass = scores.u_mass, scores.v_mass
+    return (
+        with_masses(scores.chosen_rewards, u_mass, "chosen rewards"),
+        with_masses(scores.rejected_rewards, v_mass, "rejected rewards"),
+        with_masses(scores.u, u_mass, "u"),
+        with_masses(scores.v, v_mass, "v"),
+    )
 
 
 def save_summary(

@@ -146,6 +146,17 @@ def test_an_evaluation_without_statistics_is_named(make_unpaired):
         comparison_page([Named("bad", make_unpaired(positives=0))])
 
 
+def test_an_evaluation_without_statistics_is_left_out_of_many(make_unpaired):
+    """Its run keeps its other steps."""
+    runs = [Named("good", make_unpaired()), Named("good", make_unpaired(step=30))]
+    runs += [Named("bad", make_unpaired(step=10)), Named("bad", make_unpaired(positives=0))]
+    text = comparison_page(runs, n_resamples=20)
+    assert "Left out: bad · eval · step 20: chosen rewards" in text
+    rows = {row[0] for row in checked(text).rows}
+    assert {"good · eval · step 30", "bad · eval · step 10"} <= rows
+    assert "bad · eval · step 20" not in rows
+
+
 def test_command(make_paired, tmp_path, capsys):
     for name in ("one", "two"):
         record_evaluation(make_paired(n=20), tmp_path / name)
