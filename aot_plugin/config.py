@@ -455,6 +455,8 @@ def _check_evaluation(cfg: Mapping[str, Any]) -> None:
     for key in ("early_stopping_patience", "aot_samples"):
         if cfg.get(key) and not evaluates:
             raise ValueError(f"`{key}` needs evaluations: set `val_set_size` or `test_datasets`")
+        if cfg.get(key) and cfg.get("eval_strategy") == "no":
+            raise ValueError(f"`{key}` needs evaluations: remove `eval_strategy: no`")
 
 
 def _order(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,10 @@ UNKNOWN = [
     ({"val_set_size": "many"}, "`val_set_size: many` is wrong"),
     ({"early_stopping_patience": 2}, "`early_stopping_patience` needs evaluations"),
     ({"aot_samples": 2}, "`aot_samples` needs evaluations: set `val_set_size`"),
+    (
+        {"aot_samples": 2, "val_set_size": 4, "eval_strategy": "no"},
+        "`aot_samples` needs evaluations: remove `eval_strategy: no`",
+    ),
     ({"aot_samples": -1, "val_set_size": 4}, "`aot_samples: -1` is wrong"),
     ({"aot_samples": True, "val_set_size": 4}, "`aot_samples: True` is wrong: write a number"),
     ({"aot_samples": 1.5, "val_set_size": 4}, "`aot_samples: 1.5` is wrong"),
