@@ -28,15 +28,6 @@ from .coupling import FloatArray, IntArray, monotone_coupling
 GAP_PERCENTS = (5, 25, 50, 75, 95)
 """Levels of the reported quantile gaps, in per cent: integers, so that ceil(n t) is exact."""
 
-STATISTICS = (
-    "violation_fraction",
-    "violation_amount",
-    "dominance_amount",
-    "w1",
-    *(f"gap_q{percent:02d}" for percent in GAP_PERCENTS),
-)
-"""The keys of `dominance_statistics`, in its order."""
-
 _RESAMPLED_NUMBERS_AT_ONCE = 2_000_000  # 16 MB an array; bounds the memory of the bootstrap
 
 
