@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .compat import saved_adapter_config
+
 SAFE_INITS = (None, True, "gaussian", "orthogonal")
 """Initializations that leave the base weights unchanged and make the product of the adapter's two
 matrices 0. Only then is the base model with the adapter disabled the same as the initial policy."""
@@ -137,9 +139,7 @@ def _check_start(cfg: Mapping[str, Any]) -> None:
 
 
 def _saved_config(start: Path, said: str) -> dict[str, Any]:
-    from axolotl.loaders.adapter import read_saved_adapter_config
-
-    saved = read_saved_adapter_config(start, from_hub=not start.is_absolute())
+    saved = saved_adapter_config(start)
     if saved is None:
         found = "a folder without adapter_config.json" if start.is_dir() else "not a folder"
         if (start / "config.json").is_file():
