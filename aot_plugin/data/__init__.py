@@ -14,6 +14,7 @@ the host resolves to a function of this package (``strategy_factory``).
     weights.py     the weight of a row: the mass of its atoms
     levels.py      the levels of graded rows
     labels.py      a cell of the label column -> positive, negative or dropped
+    images.py      rows with images, which TRL renders
     rows.py        a row -> examples (prompt turns, completion turn, label); the only module that
                    knows dataset schemas
     threads.py     message trees -> rows, for the strategy `chat_template.threads`
@@ -27,6 +28,7 @@ the host resolves to a function of this package (``strategy_factory``).
     blame.py       names the row on which one of the host's types fails
     freshness.py   reuses prepared rows only while their sources are unchanged
     loading.py     the host's loading, with checks and a log table around it (heavy to import)
+    first_rows.py  the first rows of an entry, for the command `check`
 """
 
 from .accounting import check_labels

@@ -227,7 +227,18 @@ def example(
     options: ConversationOptions,
     prompted: bool = True,
 ) -> Outcome:
-    """``examples`` for a single response."""
+    """The example of a single response of a row, or the reason for dropping it.
+
+    Args:
+        row: the row.
+        response: text, an assistant turn, or a list of turns that ends with one.
+        label: its label, or the reason for dropping it.
+        options: the entry's options.
+        prompted: True if the row has a prompt of its own, for a response that contains none.
+
+    Raises:
+        RowError: if prompt or response can't be read.
+    """
     (outcome,) = examples(row, [(response, "response", label)], options, prompted)
     return outcome
 

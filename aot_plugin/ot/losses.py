@@ -117,7 +117,7 @@ class UnpairedLogps:
         mass: relative masses of the rows, [n + m] float64; None if all are equal. Only ratios among
             the positive rows and among the negative ones matter: each sample has total mass 1.
         level: levels of graded rows, [n + m] float64, from 0 to 1; None if there are none between.
-            The positive rows are those of the highest level.
+            The positive rows are those of level 1.
     """
 
     sequences_per_row: ClassVar[int] = 1
@@ -177,7 +177,7 @@ class UnpairedLogps:
     @cached_property
     def comparisons(self) -> tuple["UnpairedLogps", ...]:
         """The transport problems of the step: each level that it has with the next lower one,
-        highest first; without levels one. None if all rows have one label or level."""
+        highest first; without levels one. Empty if all rows have one label or level."""
         if self.level is None:
             return (self,) if 0 < self.is_positive.sum() < len(self.is_positive) else ()
         present = self.level.unique().flip(0)

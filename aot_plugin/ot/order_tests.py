@@ -70,8 +70,8 @@ def dominance_test(
     may depend on each other. It is asymptotically of its level where the distributions
     are equal and conservative elsewhere.
 
-    Raises ValueError for a bad sample (see `dominance_statistics`), paired samples of unequal
-    size, or n_resamples < 1.
+    Raises ValueError for a bad sample (see `dominance_statistics`) and, if paired, for samples of
+    unequal size or n_resamples < 1.
     """
     a, b = as_sample(u, "u"), as_sample(v, "v")
     if not paired:

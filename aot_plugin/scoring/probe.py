@@ -234,9 +234,8 @@ Row = tuple[list[int], list[int]]
 def probe_rows(vocabulary: int, length: int) -> list[Row]:
     """Three completions of one prompt, two of another, and one row of ``length`` tokens (>= 16).
 
-    With their prompt shared, the first three take that length, so that windows and chunks up to it
-    are met. The second completion repeats the first one after a token of its own: a model
-    that looks across would copy it.
+    With their prompts shared, the five take 11/8 of that length in one row. The second completion
+    repeats the first one after a token of its own: a model that looks across would copy it.
     """
     quarter, eighth = max(length // 4, 4), max(length // 8, 2)
     tokens = torch.randint(

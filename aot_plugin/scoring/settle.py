@@ -1,8 +1,8 @@
 """Decides, once per run, how sequences are presented to the model.
 
-Sequences are always regrouped into micro-batches, so a model whose results depend on that is
-refused. Other layouts than padded rows only save time, so a model whose results depend on them gets
-padded rows.
+Where a step must not depend on its micro-batches, a model whose results for a sequence depend on
+the others in its micro-batch is refused. Other layouts than padded rows only save time, so a model
+whose results depend on them gets padded rows.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def settle_layout(
         unwrapped: the same without the wrappers of DDP, DeepSpeed or FSDP.
         longest: tokens of the widest row, padding included; None if there is no limit.
         checkpointing: whether layers forget what they computed until the backward pass.
-        regrouped: whether sequences are regrouped, so that a step is exact over micro-batches.
+        regrouped: whether a step must be exact however it is cut into micro-batches.
         multiple: what the width of padded rows is rounded up to.
         images: whether rows have images. They are scored in the host's micro-batches; the probe's
             rows have none.

@@ -17,7 +17,8 @@ from ..scoring.scorer import Scorer
 
 
 class Carry(Protocol):
-    """One micro-batch of n sequences. Each method is called once, in this order.
+    """One micro-batch of n sequences. ``score`` is called first, once; a ``Rescore`` whose weights
+    are known already needs none. Then ``surrogate`` is called once.
 
     ``wrapped`` says whether a forward pass with gradient goes through the host's wrapper, where DDP
     arms the synchronization of gradients.

@@ -92,7 +92,7 @@ class Objective:
 
     Attributes:
         loss: the function, built in or of another package.
-        options: penalty, beta, sort and label smoothing.
+        options: penalty, beta, and what else the YAML says about the loss.
         step_class: builds u and v from sequences.
         whole_step: True if all sequences of a step, over micro-batches and ranks, form one
             transport problem; False if each micro-batch of each rank does.
@@ -209,7 +209,7 @@ class StepEngine:
             step: number of the step in the run, from 1.
 
         Raises:
-            FloatingPointError: on all ranks, if any log-probability is not finite.
+            FloatingPointError: on all ranks, if a log-probability that it scores is not finite.
         """
         started = time.perf_counter()
         self._micro_batches = len(batches)
@@ -237,7 +237,11 @@ class StepEngine:
 
     def surrogate(self, number: int) -> Tensor:
         """Stage 3: a scalar (float32) whose gradient is what micro-batch ``number`` (from 0), or a
-        part of it, contributes to the step's. To be called as long as it ``is_due``."""
+        part of it, contributes to the step's. To be called as long as it ``is_due``.
+
+        Raises:
+            FloatingPointError: if a log-probability that it scores is not finite.
+        """
         due = self._due[number]
         work = due.pop(0)
         # A failed pass is done again from scratch, so nothing of it is kept.

@@ -39,7 +39,8 @@ class StepRecord:
         seconds: wall-clock time of score and transport.
         held_bytes: total size of the held gradients.
         kept_bytes: total size of the kept graphs, as predicted from measured ones.
-        retries: how often the step ran out of memory and was cut further.
+        retries: how often the step ran out of memory, and was cut further or went on without kept
+            graphs and gradients.
     """
 
     step: int
