@@ -451,12 +451,24 @@ def _check_evaluation(cfg: Mapping[str, Any]) -> None:
                 f"`val_set_size: {size}` is wrong: write a number of rows (8), or a share of them "
                 "below 1 (0.05)"
             )
-    evaluates = _number(size) or cfg.get("test_datasets")
     for key in ("early_stopping_patience", "aot_samples"):
-        if cfg.get(key) and not evaluates:
+        if cfg.get(key) and not has_evaluation_rows(cfg):
             raise ValueError(f"`{key}` needs evaluations: set `val_set_size` or `test_datasets`")
-        if cfg.get(key) and cfg.get("eval_strategy") == "no":
-            raise ValueError(f"`{key}` needs evaluations: remove `eval_strategy: no`")
+        if cfg.get(key) and not evaluates(cfg):
+            raise ValueError(
+                f"`{key}` needs evaluations while it trains: set `evals_per_epoch`, `eval_steps` "
+                "or `eval_strategy: epoch`"
+            )
+
+
+def has_evaluation_rows(cfg: Mapping[str, Any]) -> bool:
+    return bool(_number(cfg.get("val_set_size")) or cfg.get("test_datasets"))
+
+
+def evaluates(cfg: Mapping[str, Any]) -> bool:
+    """Whether the host evaluates while it trains; rows to evaluate are not enough."""
+    asked = any(cfg.get(key) for key in ("eval_strategy", "eval_steps", "evals_per_epoch"))
+    return has_evaluation_rows(cfg) and asked and cfg.get("eval_strategy") != "no"
 
 
 def _order(cfg: Mapping[str, Any]) -> dict[str, Any]:

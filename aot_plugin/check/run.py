@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from ..config import AOTOptions
+from ..config import AOTOptions, evaluates
 from ..data.rendering import FILE as RENDERING
 from ..ot.losses import PairedLogps, StepLogps, UnpairedLogps
 from ..report.scores import DIRECTORY
@@ -99,7 +99,7 @@ def logged_facts(cfg: Any, graded: bool) -> Logged:
     evaluation: list[str] = []
     files = ["the model or adapter and checkpoints, as Axolotl saves them"]
     files += [str(RENDERING)] * bool(cfg["aot_datasets"])
-    if cfg.test_datasets or cfg.val_set_size:
+    if evaluates(cfg):
         evaluation = ["loss", *ours]
         if cfg["aot_report"]:
             # Of graded rows means over the levels are logged, whose intervals are not known.

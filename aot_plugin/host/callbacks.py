@@ -1,10 +1,11 @@
-"""Callbacks of the trainer: a short console line per log, and two callbacks of the host."""
+"""Callbacks of the trainer: a short console line per log, a warning, and two of the host."""
 
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from axolotl.utils.callbacks import LossWatchDogCallback
+from axolotl.utils.logging import get_logger
 from tqdm import tqdm
 from transformers import (
     EarlyStoppingCallback,
@@ -16,6 +17,8 @@ from transformers import (
 
 from ..report.scores import UNITS
 
+LOG = get_logger("axolotl.aot_plugin.host.callbacks")
+
 
 def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
     """The callbacks of a run; the host adds its two only in supervised fine-tuning."""
@@ -23,11 +26,24 @@ def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
     found: list[TrainerCallback] = [
         StepLine(rows, trainer.accelerator.num_processes, UNITS[cfg["aot_score"]])
     ]
+    if trainer.eval_dataset is not None:
+        found.append(UnusedEvaluationRows())
     if cfg.early_stopping_patience:
         found.append(EarlyStoppingCallback(cfg.early_stopping_patience))
     if cfg.loss_watchdog_threshold is not None:
         found.append(LossWatchDogCallback(cfg))
     return found
+
+
+class UnusedEvaluationRows(TrainerCallback):
+    """Warns of rows to evaluate in a run without evaluations: the host wants to be told when."""
+
+    def on_train_begin(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
+        if args.eval_strategy == "no":
+            LOG.warning(
+                "the rows of `val_set_size` or `test_datasets` are not evaluated in this run; set "
+                "`evals_per_epoch`, `eval_steps` or `eval_strategy: epoch`"
+            )
 
 
 class StepClock(TrainerCallback):

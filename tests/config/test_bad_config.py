@@ -101,7 +101,7 @@ def test_any_value_of_our_keys(key: str, value: Any, validated: Any) -> None:
     rated = {"path": "rows.jsonl", "ds_type": "json", "type": "chat_template.default"}
     needed = {
         "aot_sort_epsilon": {"aot_sort": "soft"},
-        "aot_samples": {"val_set_size": 2},
+        "aot_samples": {"val_set_size": 2, "eval_steps": 1},
         "aot_grades": {"aot_mode": "unpaired", "datasets": [rated]},
     }
     keys = needed.get(key, {})

@@ -113,8 +113,9 @@ UNKNOWN = [
     ({"aot_samples": 2}, "`aot_samples` needs evaluations: set `val_set_size`"),
     (
         {"aot_samples": 2, "val_set_size": 4, "eval_strategy": "no"},
-        "`aot_samples` needs evaluations: remove `eval_strategy: no`",
+        "`aot_samples` needs evaluations while it trains: set `evals_per_epoch`",
     ),
+    ({"aot_samples": 2, "val_set_size": 4}, "`aot_samples` needs evaluations while it trains"),
     ({"aot_samples": -1, "val_set_size": 4}, "`aot_samples: -1` is wrong"),
     ({"aot_samples": True, "val_set_size": 4}, "`aot_samples: True` is wrong: write a number"),
     ({"aot_samples": 1.5, "val_set_size": 4}, "`aot_samples: 1.5` is wrong"),

@@ -183,6 +183,17 @@ def test_evaluation_does_not_depend_on_its_batches(tiny_model: Path, tmp_path: P
                 assert other[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
 
 
+def test_rows_that_are_never_evaluated(tiny_model: Path, tmp_path: Path, caplog: Any) -> None:
+    """The host holds them back, and evaluates only if it is told when."""
+    data = write_rows(tmp_path / "rows.jsonl", paired_rows(24))
+    keys = {"max_steps": 1, "val_set_size": 8}
+    for name, more in {"never": {}, "once": {"eval_steps": 1}}.items():
+        caplog.clear()
+        run = train(config(tiny_model, data, tmp_path / name, **keys, **more))
+        warned = "are not evaluated in this run; set `evals_per_epoch`" in caplog.text
+        assert warned == (name == "never") == (run.logged("eval_loss") == [])
+
+
 def test_one_label_only_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
     rows = [{**row, "label": True} for row in unpaired_rows(16)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
