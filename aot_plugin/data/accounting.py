@@ -57,7 +57,7 @@ class RowCounts:
         middle: kept responses of levels between the lowest and the highest.
         dropped: number of dropped responses (paired: rows) by reason.
         named: numbers of the first rows with each fault.
-        unrendered: number of answers of which a part is not rendered, by log message.
+        unrendered: as of the ``Renderer``.
     """
 
     source: str
@@ -124,35 +124,36 @@ def count_rows(
     dropped: Counter[str] = Counter()
     numbers = range(len(dataset)) if numbers is None else numbers
     counts.pairs = 0 if paired else None
-    bar = tqdm(total=len(dataset), desc=f"Checking {counts.source}", unit=" rows", leave=False)
-    for start in range(0, len(dataset), BATCH):
-        window = slice(start, start + BATCH)
-        if images is not None:
-            part = dataset.select(range(*window.indices(len(dataset))))
-            found = list(read(part, resolved, numbers[window], images[window]))
-        else:
-            found = list(rendered(rows_of(dataset[window]), resolved, render, numbers[window]))
-            if paired:
-                found = list(_without_identical(found, tokenizer))
-        for number, row in found:
-            outcome = row
-            if images is None and not isinstance(row, Drop):
-                outcome = _judged(row, paired, cfg, tokenizer, seen)
-            if isinstance(outcome, Drop):
-                dropped[outcome.value] += 1
-                named = counts.named.setdefault(outcome.value, []) if outcome in FAULTS else []
-                if number is not None and len(named) < NAMED:
-                    named.append(int(number))
-            elif paired:
-                counts.pairs = (counts.pairs or 0) + 1
-            elif row[2] == 1:
-                counts.positive += 1
-            elif row[2] == 0:
-                counts.negative += 1
+    description = f"Checking {counts.source}"
+    # Closed also by an error, whose message would follow the bar on its line.
+    with tqdm(total=len(dataset), desc=description, unit=" rows", leave=False) as bar:
+        for start in range(0, len(dataset), BATCH):
+            window = slice(start, start + BATCH)
+            if images is not None:
+                part = dataset.select(range(*window.indices(len(dataset))))
+                found = list(read(part, resolved, numbers[window], images[window]))
             else:
-                counts.middle += 1
-        bar.update(min(BATCH, len(dataset) - start))
-    bar.close()
+                found = list(rendered(rows_of(dataset[window]), resolved, render, numbers[window]))
+                if paired:
+                    found = list(_without_identical(found, tokenizer))
+            for number, row in found:
+                outcome = row
+                if images is None and not isinstance(row, Drop):
+                    outcome = _judged(row, paired, cfg, tokenizer, seen)
+                if isinstance(outcome, Drop):
+                    dropped[outcome.value] += 1
+                    named = counts.named.setdefault(outcome.value, []) if outcome in FAULTS else []
+                    if number is not None and len(named) < NAMED:
+                        named.append(int(number))
+                elif paired:
+                    counts.pairs = (counts.pairs or 0) + 1
+                elif row[2] == 1:
+                    counts.positive += 1
+                elif row[2] == 0:
+                    counts.negative += 1
+                else:
+                    counts.middle += 1
+            bar.update(min(BATCH, len(dataset) - start))
     counts.dropped = {drop.value: dropped[drop.value] for drop in Drop if dropped[drop.value]}
     counts.unrendered = dict(render.unrendered)
     return counts

@@ -62,6 +62,12 @@ def check_host_type(dataset: Dataset, entry: Any, cfg: Any) -> None:
         turns = [name for name in texts if _holds_turns(dataset, name)]
         if turns:
             raise BadRow(f"{entry['path']}: `{turns[0]}` holds turns: {instead} in its entry")
+        LOG.warning(
+            "%s: its entry has no `type`, so its text is trained as it is, without a chat "
+            "template; for a chat model, %s",
+            entry["path"],
+            instead,
+        )
         return
     strategy, how = _loaded(DictDefault({**cfg, "datasets": [entry]}), kind, 0)
     if entry.get("field_weight") and how.get("remove_columns") == "__all__":

@@ -33,6 +33,16 @@ LEAVES_OUT = "the chat template leaves out {}"
 ANOTHER_PROMPT = (
     "the conversations in the responses are trained, and not the row's own prompt, which differs,"
 )
+REPEATED_PROMPT = "the answer begins with the text of its prompt, which is trained with it,"
+FORMATTED = (
+    "the text has tokens that the chat template writes itself (is it formatted already? then they "
+    "are there twice)"
+)
+SERIALIZED = "the text looks like a list of turns stored as text, which is not read as turns,"
+TURNS_IN_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+LEAD = 20
+"""A prompt of at least so many characters that an answer begins with, after at most as many others,
+is no coincidence."""
 Shape = tuple[bool, ...]
 TAG = re.compile(r"<[^<>\s][^<>]*>|\[[^\[\]\s][^\[\]]*\]")
 
@@ -46,7 +56,8 @@ class Renderer:
         tokenizer: its chat template is used if neither names another.
 
     Attributes:
-        unrendered: number of answers of which a part is not rendered, by log message.
+        unrendered: number of answers of which a part is not rendered, or whose text is probably
+            not meant to be trained as it is, by log message.
     """
 
     def __init__(
@@ -66,6 +77,12 @@ class Renderer:
         """The source text of the chat template."""
         choice, jinja = self._choice
         return get_chat_template(choice, jinja_template=jinja, tokenizer=self._tokenizer)
+
+    @cached_property
+    def _written(self) -> list[str]:
+        """The special tokens that the template writes."""
+        ends = (self._tokenizer.bos_token, self._tokenizer.eos_token)
+        return [token for token in self._special if token in ends or token in self.template]
 
     def __call__(self, example: Example) -> tuple[str, str]:
         """Renders an example as (prompt, completion), together the template's conversation.
@@ -101,7 +118,19 @@ class Renderer:
             self.unrendered[LEAVES_OUT.format("reasoning inside the content")] += 1
         if example.ignored_prompt:
             self.unrendered[ANOTHER_PROMPT] += 1
+        self._note_text(example)
         return prompt, completion
+
+    def _note_text(self, example: Example) -> None:
+        """Counts text that is trained as it is, and was hardly meant to be."""
+        asked, answer = example.prompt[-1]["content"].strip(), example.completion["content"]
+        if len(asked) >= LEAD and asked in answer[: len(asked) + LEAD]:
+            self.unrendered[REPEATED_PROMPT] += 1
+        texts = [turn["content"] for turn in (*example.prompt, example.completion)]
+        if any(token in text for text in texts for token in self._written):
+            self.unrendered[FORMATTED] += 1
+        if any(map(TURNS_IN_TEXT.match, texts)):
+            self.unrendered[SERIALIZED] += 1
 
     def prompt(self, turns: list[Turn], tools: Tools = None) -> str:
         """Renders the prompt, including the generation prompt.

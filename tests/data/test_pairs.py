@@ -181,6 +181,23 @@ def test_another_prompt_beside_whole_conversations_is_named(load, caplog):
     assert "not the row's own prompt, which differs, in 2 answers" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "said"),
+    [
+        ("Name a colour, please.", "Human: Name a colour, please.\nAssistant: Red.", "begins with"),
+        ("<|im_start|>user\nHi<|im_end|>\n", "Red.", "the chat template writes itself"),
+        ("Name a colour.", "Red.<|im_end|>", "the chat template writes itself"),
+        ("Hi", "[{'role': 'assistant', 'content': 'Red.'}]", "a list of turns stored as text"),
+        ("Name a colour, please.", "Red. Did you say: Name a colour, please?", None),
+    ],
+)
+def test_text_that_is_hardly_meant_as_it_is_is_named(prompt, chosen, said, load, caplog):
+    assert load([{"prompt": prompt, "chosen": chosen, "rejected": "No."}])
+    found = [line for line in caplog.messages if said and said in line]
+    assert len(found) == bool(said), caplog.messages
+    assert " answers" not in caplog.text or said
+
+
 @pytest.mark.parametrize("mode", ["paired", "unpaired"])
 def test_an_answer_that_looks_like_a_transcript(mode, load):
     """Beside a prompt it is an answer; alone it is a conversation (hh-rlhf)."""
