@@ -402,8 +402,10 @@ def _readable(error: ValidationError) -> str:
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            known = ", ".join(name for name in AOTInputArgs.model_fields if name != "aot_datasets")
-            lines.append(f"`{key}` is not an option of aot-plugin; known are {known}")
+            names = [name for name in AOTInputArgs.model_fields if name != "aot_datasets"]
+            close = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
+            meant = f"did you mean `{close[0]}`? Known are" if close else "known are"
+            lines.append(f"`{key}` is not an option of aot-plugin; {meant} {', '.join(names)}")
         else:
             lines.append(f"`{key}: {problem['input']}` is wrong: {problem['msg']}")
     return "; ".join(lines)

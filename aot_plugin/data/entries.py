@@ -1,5 +1,6 @@
 """Checks the entries under ``datasets:`` and ``test_datasets:`` and rewrites them for the host."""
 
+import difflib
 import importlib.util
 import inspect
 import pkgutil
@@ -217,8 +218,10 @@ def _build(model: type[BaseModel], values: dict[str, Any], at: str) -> BaseModel
 def _readable(problem: Any, model: type[BaseModel], at: str) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(dict.fromkeys((*LOADER_KEYS, *model.model_fields)))
-        return f"`{at}.{key}` is not an option of this entry's type; accepted are {known}"
+        known = list(dict.fromkeys((*LOADER_KEYS, *model.model_fields)))
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        meant = f"did you mean `{close[0]}`? Accepted are" if close else "accepted are"
+        return f"`{at}.{key}` is not an option of this entry's type; {meant} {', '.join(known)}"
     if problem["type"] == "value_error":
         return f"`{at}`: {problem['ctx']['error']}"
     return f"`{at}.{key}: {problem['input']}` is wrong: {problem['msg']}"

@@ -1,6 +1,7 @@
 """Labels from the cells of a label column."""
 
 import math
+import re
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ def parse_label(value: Any) -> bool | Drop:
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in WORDS:
         return WORDS[value.strip().lower()]
-    hint = ""
+    hint = "; rewrite the column with one of these"
     if isinstance(value, int | float):
         hint = "; for a rating, set `positive_min` and `negative_max`, or `grades`"
     accepted = ", ".join(f'"{word}"' for word in WORDS)
@@ -99,7 +100,8 @@ def parse_number(value: Any) -> float | Drop:
             return float(value)
         except ValueError:
             pass
-    raise ValueError(f"{value!r} is not a number")
+    comma = isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+,\d+\s*", value)
+    raise ValueError(f"{value!r} is not a number{'; write a decimal point' if comma else ''}")
 
 
 def label_from_rating(rating: float, positive_min: float, negative_max: float) -> bool | Drop:

@@ -89,6 +89,8 @@ def default_examples(row: Row, options: DefaultOptions) -> Iterator[Outcome]:
     """One response per row, with its label or rating."""
     has_completion = options.field_completion in row or "field_completion" in explicit(options)
     field = options.field_completion if has_completion else options.field_messages
+    if not has_completion and not _has(row, field) and "field_messages" not in explicit(options):
+        cell(row, options.field_completion)  # the error names the column that is usual
     label = judge(row, options.field_label, options)
     yield from examples(row, [(cell(row, field), field, label)], options, prompted=has_completion)
 
@@ -273,15 +275,30 @@ def cell(row: Row, field: str) -> Any:
     return value
 
 
+_KEYS = {
+    "prompt": "`field_prompt`",
+    "messages": "`field_prompt` (or `field_messages`)",
+    "completion": "`field_completion` (or `field_messages`, if it holds whole conversations)",
+    "label": "`field_label`",
+    "chosen": "`field_chosen`",
+    "rejected": "`field_rejected`",
+}
+"""The key that names another column in place of a default one, for messages."""
+
+
 def _column(row: Row, field: str) -> str:
     """Advice on a missing column, for messages."""
+    for name, mark in (("semicolons", ";"), ("tabs", "\t")):
+        if any(mark in column for column in row):
+            return f"if this is a CSV file, separate its cells by commas, not by {name}"
+    key = _KEYS.get(field, "a `field_...` key")
     if field in ("chosen", "rejected"):
         instead = "`aot_mode: unpaired` reads single responses with a label"
     elif {"chosen", "rejected"} <= row.keys():
         instead = "`aot_mode: paired`, or `type: chat_template.paired`, reads pairs"
     else:
-        return "name the column with a `field_...` key of the entry"
-    return f"{instead}, and a `field_...` key of the entry names another column"
+        return f"name the column with {key} of the entry"
+    return f"{instead}, and {key} of the entry names another column"
 
 
 def judge(row: Row, field: str, options: DefaultOptions | ListwiseOptions) -> Label | Drop:
@@ -297,9 +314,11 @@ def judge(row: Row, field: str, options: DefaultOptions | ListwiseOptions) -> La
             return parse_label(value)
         rating = parse_number(value)
     except ValueError as error:
-        advice = "; entries with other labels than ratings need no `grades`: instead of "
-        advice += "`aot_grades`, write `grades` in the entries that have ratings"
-        raise RowError(f"`{field}`: {error}{advice if options.grades else ''}") from None
+        advice = ""
+        if options.grades and not any(letter.isdigit() for letter in str(value)):
+            advice = "; entries with other labels than ratings need no `grades`: instead of "
+            advice += "`aot_grades`, write `grades` in the entries that have ratings"
+        raise RowError(f"`{field}`: {error}{advice}") from None
     if isinstance(rating, Drop):
         return rating
     if low is not None and high is not None:

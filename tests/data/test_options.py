@@ -175,8 +175,8 @@ def test_keys_that_the_hosts_text_types_do_not_read(kind):
         ({"type": "chat_template.default"}, "`datasets[1].path` is missing"),
         (
             ENTRY | {"field_lable": "x"},
-            "`datasets[1].field_lable` is not an option of this entry's type; "
-            f"accepted are {', '.join((*LOADER_KEYS, *DefaultOptions.model_fields))}",
+            "`datasets[1].field_lable` is not an option of this entry's type; did you mean `field_"
+            f"label`? Accepted are {', '.join((*LOADER_KEYS, *DefaultOptions.model_fields))}",
         ),
         (ENTRY | {"data_files": "a.jsonl"}, "`datasets[1].data_files: a.jsonl` is wrong"),
         (ENTRY | {"shards": 0}, "`datasets[1].shards: 0` is wrong"),

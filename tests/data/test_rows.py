@@ -209,6 +209,33 @@ def test_listwise_in_columns():
             "row 17: `stars`: 'many' is not a number",
         ),
         (
+            {"prompt": "Hi", "completion": "Hello.", "stars": "4,5"},
+            {"field_label": "stars", "grades": [2, 4]},
+            "row 17: `stars`: '4,5' is not a number; write a decimal point",
+        ),
+        (
+            {"instruction": "Hi", "output": "Hello.", "label": True},
+            {},
+            "row 17: there is no column `completion`; the row has instruction, output, label; name "
+            "the column with `field_completion` (or `field_messages`, if it holds whole",
+        ),
+        (
+            {"question": "Hi", "completion": "Hello.", "label": True},
+            {},
+            "name the column with `field_prompt` (or `field_messages`) of the entry",
+        ),
+        (
+            {"prompt": "Hi", "completion": "Hello.", "ok": True},
+            {},
+            "there is no column `label`; the row has prompt, completion, ok; name the column with "
+            "`field_label` of the entry",
+        ),
+        (
+            {"prompt;completion;label": "Hi;Hello.;good"},
+            {},
+            "if this is a CSV file, separate its cells by commas, not by semicolons",
+        ),
+        (
             {"prompt": "Hi", "completion": "Hello.", "label": True},
             {"field_prompt": "question"},
             "row 17: there is no column `question`; the row has prompt, completion, label",
