@@ -58,6 +58,8 @@ def _rows(facts: Facts) -> Iterator[str]:
         yield f"  {line}"
     for entry in facts.entries:
         yield _filled(f"{entry.where}: {'; '.join(_about(entry, facts.asked))}")
+        for warning in entry.counts.warnings():
+            yield _filled(f"Warning: {warning}")
 
 
 def _about(entry: Entry, asked: int) -> Iterator[str]:
@@ -77,14 +79,17 @@ def _about(entry: Entry, asked: int) -> Iterator[str]:
 
 def _trained(rows: Sequence[Shown], colours: bool) -> Iterator[str]:
     if not rows:
-        yield "  No row was kept."
+        yield _filled(
+            "No row was kept; the table above says why. Hint: `--rows` looks at more rows; a "
+            "training without any row fails."
+        )
         return
     yield _filled(
         "The prompt is given; the loss depends on the log-probability of what is trained. Special "
         "tokens are shown as they are."
     )
     for number, row in enumerate(rows, 1):
-        yield f"  row {number}, of {row.where}"
+        yield f"  example {number}, of {row.where}"
         for part in row.parts:
             yield from _part(part, colours)
 
@@ -155,7 +160,13 @@ def _step(step: Step) -> Iterator[str]:
     if step.labels:
         each = ", ".join(f"{number:.3g} {label}" for label, number in step.labels.items())
         yield _filled(f"On average {each}, in the proportion of the rows looked at.")
-        if rare := [label for label, number in step.labels.items() if number < 1]:
+        present = [label for label, number in step.labels.items() if number]
+        if len(present) == 1:
+            yield _filled(
+                f"Hint: all of the rows looked at are {present[0]}. Is the label column the right "
+                "one, and do the thresholds fit its numbers? `--rows` looks at more rows."
+            )
+        elif rare := [label for label, number in step.labels.items() if number < 1]:
             yield _filled(
                 f"Hint: often there is no {' or '.join(rare)} row to compare with; use a larger "
                 "effective batch."

@@ -216,7 +216,19 @@ def test_hints(check: Any, entry: Any) -> None:
     assert "Hint: one pair alone" in text and "each micro-batch of each rank, 1 pair." in text
     rare = [{**row, "label": i == 0} for i, row in enumerate(LABELLED)]
     assert "Hint: often there is no positive row" in plain(check([entry(rare)]))
-    assert "Hint" not in plain(check([entry(LABELLED)], micro_batch_size=8))
+    bad = [{**row, "label": i == 8} for i, row in enumerate(LABELLED)]
+    assert "Hint: all of the rows looked at are negative." in plain(check([entry(bad)], rows=8))
+    stars = [{**row, "label": 5} for row in LABELLED]
+    graded = check([entry(stars, grades=[0.3, 0.6])], rows=8)
+    assert "Hint: all of the rows looked at are level 1." in plain(graded)
+    assert "No row was kept" in plain(check([entry(PAIRS)], aot_mode="paired", sequence_len=1))
+
+
+def test_warnings(check: Any, entry: Any) -> None:
+    empty = [{**LABELLED[0], "completion": ""}]
+    text = plain(check([entry(empty + LABELLED)]))
+    assert "Warning: " in text and "1 dropped as empty (row 0): " in text
+    assert "Warning" not in plain(check([entry(LABELLED)]))
 
 
 def test_memory(check: Any, entry: Any, model_dir: Any) -> None:
