@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--reference", metavar="DIR", help="reference of fully fine-tuned runs")
     group.add_argument(
-        "--beta", type=float, help="default: from the run's saved training arguments"
+        "--beta", type=float, help="of all runs; default: from each run's saved training arguments"
     )
     group.add_argument(
         "--plain",
@@ -88,6 +88,13 @@ def _evaluations(arguments: argparse.Namespace) -> list[Named]:
     for run in runs:
         if not run.is_dir():
             raise FileNotFoundError(f"{run}: no such directory")
+    if arguments.eval_data is not None:
+        from .scoring import find_model, read_beta
+
+        for run in runs:  # what is missing is said before the first run is scored
+            find_model(run)
+            if arguments.beta is None:
+                read_beta(run)
     names = run_names(runs)
     return [
         Named(name, scores)

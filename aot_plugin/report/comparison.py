@@ -116,7 +116,7 @@ def history(evaluations: Sequence[Named]) -> Figure | None:
     Returns:
         The figure, or None if no run has two evaluations of the same eval set.
     """
-    ordered = sorted(evaluations, key=lambda e: (e.run, e.scores.eval_set, e.scores.step))
+    ordered = sorted(evaluations, key=lambda e: (e.run, e.scores.eval_set, e.scores.step or 0))
     lines = [
         (key, [evaluation.scores for evaluation in group])
         for key, group in groupby(ordered, key=lambda e: (e.run, e.scores.eval_set))

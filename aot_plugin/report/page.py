@@ -66,11 +66,8 @@ def comparison_page(
             Some such evaluations are left out, and the page names them.
     """
     evaluations, left_out = _comparable(evaluations)
-    latest = list(
-        {
-            (e.run, e.scores.eval_set): e for e in sorted(evaluations, key=lambda e: e.scores.step)
-        }.values()
-    )
+    by_step = sorted(evaluations, key=lambda e: e.scores.step or 0)
+    latest = list({(e.run, e.scores.eval_set): e for e in by_step}.values())
     latest.sort(key=lambda e: [named.run for named in evaluations].index(e.run))
     names = [_name(evaluation) for evaluation in latest]
     summaries = [summarize(evaluation.scores, n_resamples) for evaluation in latest]
@@ -212,7 +209,9 @@ def _answers(run: str, samples: Sequence[Samples]) -> list[str]:
 
 
 def _name(evaluation: Named) -> str:
-    return f"{evaluation.run} · {evaluation.scores.eval_set} · step {evaluation.scores.step}"
+    step = evaluation.scores.step
+    name = f"{evaluation.run} · {evaluation.scores.eval_set}"
+    return name if step is None else f"{name} · step {step}"
 
 
 def _margins_or_logratios(evaluation: Named) -> Panel:

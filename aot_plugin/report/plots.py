@@ -273,7 +273,8 @@ def describe(scores: Scores) -> str:
     else:
         size = f"n = {len(scores.u)} positives, m = {len(scores.v)} negatives"
     weighted = "" if scores.u_mass is None else ", weighted"
-    return f"{scores.eval_set}, step {scores.step}, {size}{weighted}"
+    step = "" if scores.step is None else f", step {scores.step}"
+    return f"{scores.eval_set}{step}, {size}{weighted}"
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -81,7 +81,7 @@ class Scores:
     Attributes:
         mode: "paired" or "unpaired".
         beta: reward = beta * log-ratio.
-        step: optimizer step at which the model was evaluated.
+        step: optimizer step at which the model was evaluated; None if it is not known.
         eval_set: name of the evaluation set.
         columns: arrays [n], one for each name in ``COLUMNS[mode]`` and perhaps ``WEIGHT`` and
             ``LEVEL``; read-only copies.
@@ -90,7 +90,7 @@ class Scores:
 
     mode: Mode
     beta: float
-    step: int
+    step: int | None
     eval_set: str
     columns: Mapping[str, NDArray[Any]]
     score: ScoreKind = "sum"
@@ -120,7 +120,7 @@ class Scores:
         cls,
         *,
         beta: float,
-        step: int,
+        step: int | None,
         eval_set: str,
         chosen_logps: ArrayLike,
         rejected_logps: ArrayLike,
@@ -158,14 +158,16 @@ class Scores:
             "rejected_tokens": rejected_tokens,
         }
         columns = _with(columns, WEIGHT, weight)
-        return cls("paired", float(beta), int(step), eval_set, columns, score)
+        return cls(
+            "paired", float(beta), None if step is None else int(step), eval_set, columns, score
+        )
 
     @classmethod
     def unpaired(
         cls,
         *,
         beta: float,
-        step: int,
+        step: int | None,
         eval_set: str,
         logps: ArrayLike,
         ref_logps: ArrayLike,
@@ -201,7 +203,9 @@ class Scores:
         }
         columns = _with(columns, WEIGHT, weight)
         columns = _with(columns, LEVEL, level)
-        return cls("unpaired", float(beta), int(step), eval_set, columns, score)
+        return cls(
+            "unpaired", float(beta), None if step is None else int(step), eval_set, columns, score
+        )
 
     @property
     def is_paired(self) -> bool:
@@ -368,16 +372,16 @@ def load_run(output_dir: str | os.PathLike[str]) -> list[Scores]:
         ValueError: if a scores file was not written by ``Scores.save``.
     """
     paths = (Path(output_dir) / DIRECTORY).glob("scores-*.parquet")
-    return sorted(map(Scores.load, paths), key=lambda scores: (scores.step, scores.eval_set))
+    return sorted(map(Scores.load, paths), key=lambda scores: (scores.step or 0, scores.eval_set))
 
 
 def _with(columns: dict[str, Any], name: str, column: ArrayLike | None) -> dict[str, Any]:
     return columns if column is None else {**columns, name: column}
 
 
-def file_stem(eval_set: str, step: int) -> str:
+def file_stem(eval_set: str, step: int | None) -> str:
     """What the names of all files of an evaluation end with."""
-    return f"{_file_name_part(eval_set)}-step{step}"
+    return _file_name_part(eval_set) + ("" if step is None else f"-step{step}")
 
 
 def _file_name_part(name: str) -> str:

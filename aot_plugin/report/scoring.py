@@ -174,8 +174,8 @@ def find_model(run: Path) -> Path:
     )
 
 
-def read_step(saved: Path) -> int:
-    """The optimizer step of a saved model; 0 if it is not known.
+def read_step(saved: Path) -> int | None:
+    """The optimizer step of a saved model; None if it is not known (without checkpoints).
 
     It is read from the model's trainer state or that of its latest checkpoint.
     """
@@ -183,7 +183,7 @@ def read_step(saved: Path) -> int:
         state = place / "trainer_state.json"
         if state.is_file():
             return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
-    return 0
+    return None
 
 
 def read_beta(run: Path) -> float:
@@ -199,7 +199,8 @@ def read_beta(run: Path) -> float:
     if found is None:
         raise FileNotFoundError(
             f"{run}: no training arguments to read beta from; looked for "
-            f"{', '.join(map(str, places))}. Give --beta"
+            f"{', '.join(map(str, places))}. Give --beta, for all runs; "
+            "Axolotl's own methods save the arguments in checkpoints only"
         )
     for name, value in saved_items(found):
         if name == "beta" and not isinstance(value, str):

@@ -107,6 +107,11 @@ def test_the_last_step_is_tabulated_and_all_steps_drawn(make_paired):
     assert "Over the steps" not in comparison_page(evaluations[:1], n_resamples=20)
 
 
+def test_an_unknown_step_is_not_shown(make_paired):
+    text = comparison_page([Named("a", make_paired(step=None))], n_resamples=20)
+    assert "a · eval<" in text and "step None" not in text and "step 0" not in text
+
+
 def test_history_shows_the_statistics(make_paired):
     evaluations = [Named("a", make_paired(step=step, seed=step)) for step in (40, 20)]
     evaluations.append(Named("once", make_paired()))
@@ -189,6 +194,15 @@ def test_errors_are_one_line_for_the_user(arguments, message, tmp_path, monkeypa
     assert main(["report", *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("python -m aot_plugin report: error: ") and message in error
+
+
+def test_what_is_missing_is_said_before_a_run_is_scored(lora_run, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("aot_plugin.report.scoring.score_run", lambda *args, **keys: pytest.fail())
+    assert main(["report", str(lora_run), str(other), "--eval-data", "rows.jsonl"]) == 1
+    assert f"{other}: no training arguments to read beta from" in capsys.readouterr().err
 
 
 def test_run_names(tmp_path):

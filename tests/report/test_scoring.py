@@ -137,6 +137,8 @@ def test_the_latest_checkpoint_is_used_when_the_run_was_cut_off(lora_run, tmp_pa
     assert find_model(tmp_path) == tmp_path / "checkpoint-10"
     assert read_step(find_model(tmp_path)) == 10
     assert read_step(lora_run) == 12
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
+    assert read_step(tmp_path / "checkpoint-10") is None
 
 
 def test_no_model_says_what_was_looked_for(tmp_path):
