@@ -81,6 +81,11 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"messages": [user(), assistant(BAD)], "feedback": "thumbs_down"},
         {"messages": [user(), assistant("Well.")], "feedback": None},
     ],
+    "pairs.jsonl": [{"prompt": user()["content"], **TEXT}],
+    "labelled.jsonl": [
+        {"prompt": user()["content"], "completion": text, "label": label}
+        for text, label in ((GOOD, True), (BAD, False))
+    ],
     "verified.jsonl": [
         {"prompt": user()["content"], "completion": text, "label": label, "trust": trust}
         for text, label, trust in ((GOOD, True, 2.5), (BAD, False, 1), ("Hm.", True, 0))
