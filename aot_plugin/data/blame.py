@@ -62,7 +62,7 @@ def check_host_type(dataset: Dataset, entry: Any, cfg: Any) -> None:
         turns = [name for name in texts if _holds_turns(dataset, name)]
         if turns:
             raise BadRow(f"{entry['path']}: `{turns[0]}` holds turns: {instead} in its entry")
-        LOG.warning(
+        LOG.warning_once(  # `check` loads an entry twice
             "%s: its entry has no `type`, so its text is trained as it is, without a chat "
             "template; for a chat model, %s",
             entry["path"],

@@ -32,7 +32,7 @@ from .accounting import RowCounts, check_labels, count_rows, table
 from .blame import BadRow, check_host_type, naming_the_row
 from .images import check_images, has_images, with_turns
 from .labels import Drop
-from .levels import label_in_words
+from .levels import LEVEL, label_in_words
 from .mixing import is_mixed, rows_taken
 from .rendering import save_rendering
 from .strategy import arranged, transform_for
@@ -93,7 +93,21 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
         _refuse_lost_weights(dataset, cfg, split)
     if unpaired:
         LOG.info("training on %s", check_labels(meta.train_dataset))
+        _warn_of_one_label(meta.eval_dataset)
     return meta
+
+
+def _warn_of_one_label(held_out: Dataset | None) -> None:
+    if held_out is None:
+        return
+    names = [name for name in ("label", LEVEL) if name in held_out.column_names]
+    if any(len(held_out.unique(name)) > 1 for name in names):
+        return
+    LOG.warning(
+        "all %d rows of the evaluation set have the same label, so evaluations compare nothing; "
+        "hold out more rows",
+        len(held_out),
+    )
 
 
 @contextlib.contextmanager

@@ -154,6 +154,17 @@ def test_what_is_no_rating_is_named(bad: Any, config: Any, entry: Any) -> None:
         load_datasets(config([entry(rows, "bad", field_label="stars", grades=[2, 4])]))
 
 
+@pytest.mark.parametrize(("held_out", "said"), [(1, True), (6, False)])
+def test_an_evaluation_set_of_one_label_is_named(
+    held_out: int, said: bool, config: Any, entry: Any, caplog: Any
+) -> None:
+    rows = [
+        {"prompt": f"Q{i}?", "completion": f"Answer {i}.", "label": i % 2 == 0} for i in range(12)
+    ]
+    load_datasets(config([entry(rows, "rows")], val_set_size=held_out))
+    assert ("1 rows of the evaluation set have the same label" in caplog.text) == said
+
+
 def test_rows_of_one_level_are_refused(config: Any, entry: Any) -> None:
     rows = [row | {"stars": 3} for row in STARS]
     with pytest.raises(ValueError, match=r"all 8 rows are of level 0\.5; there is nothing"):
