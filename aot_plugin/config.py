@@ -280,6 +280,8 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
     kwargs |= {key: cfg[key] for key in FORWARDED if cfg.get(key) is not None}
     if cfg.get("early_stopping_patience"):
         kwargs.setdefault("metric_for_best_model", "loss")
+    if _is_minimized(kwargs.get("metric_for_best_model") or ""):
+        kwargs.setdefault("greater_is_better", False)
     if cfg.get("curriculum_sampling"):
         kwargs["train_sampling_strategy"] = "sequential"
     prepared = cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH
@@ -299,6 +301,13 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
         kwargs["max_length"] = cfg.get("sequence_len")
         kwargs["precompute_ref_log_probs"] = bool(cfg.get("precompute_ref_log_probs"))
     return kwargs
+
+
+def _is_minimized(metric: str) -> bool:
+    """Whether less of a metric of ours is better. Transformers takes more of it for better, unless
+    its name ends in ``loss``."""
+    kind, _, name = metric.removeprefix("eval_").partition("/")
+    return kind == "aot" and (name == "nll" or "violation_" in name)
 
 
 def misspelt(key: str) -> str | None:
@@ -418,6 +427,11 @@ def _beta(cfg: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"`{key}: {beta}` is wrong: write a positive number (the paper: 0.01)")
     if cfg.get("rl_beta") is None and trl_beta is None:
         return {"rl_beta": DEFAULT_BETA}
+    if None not in (cfg.get("rl_beta"), trl_beta) and float(cfg["rl_beta"]) != float(trl_beta):
+        raise ValueError(
+            f"`rl_beta: {cfg['rl_beta']}` and `trl.beta: {trl_beta}` are the same setting, and "
+            "Axolotl reads the latter: keep one of them"
+        )
     return {}
 
 

@@ -54,9 +54,11 @@ REFUSED_IF_ON: dict[str, str] = {
     "lisa_n_layers": _SFT,
     "lisa_step_interval": _SFT,
     "auto_find_batch_size": f"the effective batch is what is sorted together; {_SFT}",
+    "tiled_mlp": "its backward pass takes all rows of a micro-batch for one long row, so their "
+    "gradients are mixed up; remove it",
 }
-"""Host keys that change what is trained, but that the host does not read under ``rl``, and what to
-do instead. A value that switches them off is accepted."""
+"""Host keys that change what is trained, but that the host does not read under ``rl`` or does not
+do right there, and what to do instead. A value that switches them off is accepted."""
 
 UPDATES_IN_BACKWARD = ("lomo", "adalomo")
 """Values of ``optimizer`` that update weights in the backward pass, so that the micro-batches of a

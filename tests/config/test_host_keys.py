@@ -15,7 +15,7 @@ from axolotl.utils.schemas.deprecated import DeprecatedParameters
 from axolotl.utils.schemas.trl import TRLConfig
 from harness import config, train, write_config, write_rows
 
-from aot_plugin.config import _PARALLEL
+from aot_plugin.config import _PARALLEL, training_args
 from aot_plugin.host.keys import (
     FOREIGN,
     FORWARDED,
@@ -174,6 +174,32 @@ def test_settings_of_lengths_that_contradict_each_other(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         loaded(**keys)
+
+
+def test_two_values_of_beta_are_refused(loaded: Any) -> None:
+    """Axolotl would take `trl.beta` and drop the other."""
+    with pytest.raises(ValueError, match="`rl_beta: 0.1` and `trl.beta: 0.5` are the same setting"):
+        loaded(trl={"beta": 0.5})
+    assert loaded(rl_beta="1e-1", trl={"beta": 0.1}).trl.beta == 0.1
+
+
+MINIMIZED = {
+    "eval_aot/violation_amount": False,
+    "aot/second_order_violation_fraction": False,
+    "eval_aot/nll": False,
+    "eval_aot/dominance_amount": None,
+    "eval_loss": None,
+    None: None,
+}
+
+
+@pytest.mark.parametrize("metric", MINIMIZED)
+def test_the_best_checkpoint_is_not_the_worst(metric: str | None, loaded: Any) -> None:
+    """Transformers maximizes any metric whose name does not end in `loss`."""
+    cfg = loaded(metric_for_best_model=metric, val_set_size=4)
+    assert training_args(cfg).get("greater_is_better") is MINIMIZED[metric]
+    cfg = loaded(metric_for_best_model=metric, val_set_size=4, greater_is_better=True)
+    assert training_args(cfg)["greater_is_better"] is True
 
 
 @pytest.mark.parametrize("optimizer", UPDATES_IN_BACKWARD)
