@@ -89,6 +89,7 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
         if meta.eval_dataset is not None:
             meta.eval_dataset = without_identical(meta.eval_dataset, "test")
     _refuse_empty(meta.train_dataset, cfg, "train")
+    meta.total_num_steps = _steps(len(meta.train_dataset), cfg)
     for split, dataset in (("train", meta.train_dataset), ("test", meta.eval_dataset)):
         _refuse_lost_weights(dataset, cfg, split)
     if unpaired:
@@ -419,6 +420,16 @@ def _flags(preprocess: bool) -> PreprocessCliArgs | TrainerCliArgs:
     # The hook does not receive the flags; the host's command parses them in the same way.
     parser = HfArgumentParser(PreprocessCliArgs if preprocess else TrainerCliArgs)
     return parser.parse_args_into_dataclasses(return_remaining_strings=True)[0]
+
+
+def _steps(rows: int, cfg: Any) -> int:
+    """Number of optimizer steps of a run without ``max_steps``.
+
+    The host counts rows that have been dropped since, and not that the last step of each epoch may
+    be a shorter one. The trainer would take its number for ``max_steps`` and train for more or
+    fewer epochs than ``num_epochs``.
+    """
+    return math.ceil(cfg.num_epochs * math.ceil(rows / cfg.batch_size))
 
 
 def _store(path: Path, counts: list[RowCounts]) -> None:

@@ -178,7 +178,7 @@ def test_settings_of_lengths_that_contradict_each_other(
 
 def test_two_values_of_beta_are_refused(loaded: Any) -> None:
     """Axolotl would take `trl.beta` and drop the other."""
-    with pytest.raises(ValueError, match="`rl_beta: 0.1` and `trl.beta: 0.5` are the same setting"):
+    with pytest.raises(ValueError, match=r"`rl_beta: 0\.1` and `trl\.beta: 0\.5` are the same"):
         loaded(trl={"beta": 0.5})
     assert loaded(rl_beta="1e-1", trl={"beta": 0.1}).trl.beta == 0.1
 

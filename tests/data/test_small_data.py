@@ -48,3 +48,19 @@ def test_one_labelled_row_has_nothing_to_be_compared_with(
     cfg = config(tiny_model, data, tmp_path / "out", aot_mode="unpaired", aot_batch=batch, **keys)
     with pytest.raises(ValueError, match=r"of one row .* raise `micro_batch_size`"):
         train(cfg | {"dataset_num_proc": 0})
+
+
+def test_a_run_ends_with_its_last_epoch(tiny_model: Path, tmp_path: Path) -> None:
+    """20 pairs in steps of 8, the third one shorter; and as many equal ones, which are dropped."""
+    rows = [
+        {"system": "", "question": f"apple {n}", "chosen": "river", "rejected": rejected}
+        for n in range(20)
+        for rejected in ("river", "stone")
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    cfg = config(tiny_model, data, tmp_path / "out", num_epochs=3, save_strategy="epoch")
+    cfg["datasets"][0]["type"] = "chatml.intel"
+    del cfg["max_steps"], cfg["save_steps"]
+    run = train(cfg)
+    assert run.logged("aot/sorted_u") == 3 * [8, 8, 4]
+    assert run.history[-1]["epoch"] == 3
