@@ -70,7 +70,8 @@ class HoldGradient:
     A row is one sequence (s = logp) or one pair (s = the margin). If the loss depends on the row
     through s only, the row contributes (dL/ds) grad s, and dL/ds is a single number. Memory: one
     copy of the trainable parameters per row, which is small for adapters. If the loss depends on a
-    pair's two log-probabilities in another way, a second forward pass is run instead.
+    pair's two log-probabilities in another way, a second forward pass is run instead. So it is if
+    the model adds gradients to parameters behind autograd's back.
 
     Args:
         signs: [n] float32, each 1 or -1.
@@ -92,16 +93,32 @@ class HoldGradient:
     def score(self, wrapped: bool) -> tuple[Tensor, Tensor]:
         logps, watched = self._scorer.logps_with_graph(self._batch, wrapped)
         score = (self._signs * logps).sum()
-        self._gradient = torch.autograd.grad(score, self._parameters, allow_unused=True)
+        self._gradient = gradient_of(score, self._parameters)
         return logps.detach(), watched
 
     def surrogate(self, weights: Tensor, wrapped: bool) -> Tensor:
         gradient, self._gradient = self._gradient, None
         factors = self._signs * weights
-        if (factors != factors[0]).any():
+        if gradient is None or (factors != factors[0]).any():
             return self._scorer.weighted_sum(self._batch, weights, wrapped)
-        assert gradient is not None
         return scaled_gradient(factors[0], gradient, self._parameters)
+
+
+def gradient_of(score: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
+    """The gradient of ``score`` in ``parameters``; None where it is 0.
+
+    A layer that saves memory by running ``backward`` inside its own backward pass (reentrant
+    checkpointing, tiled layers) adds to ``.grad`` what is then missing here. If one does, nothing
+    is returned at all, and ``.grad`` is as it was.
+    """
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    gradient = torch.autograd.grad(score, parameters, allow_unused=True)
+    is_whole = all(parameter.grad is None for parameter in parameters)
+    for parameter, grad in zip(parameters, before, strict=True):
+        parameter.grad = grad
+    return gradient if is_whole else None
 
 
 def scaled_gradient(
