@@ -20,7 +20,15 @@ from .blame import naming_the_row
 from .freshness import without_cache
 from .labels import Drop
 from .levels import levels
-from .loading import SPLITS, all_rows, count_entry, our_rows, replaced, without_identical
+from .loading import (
+    SPLITS,
+    all_rows,
+    check_split,
+    count_entry,
+    our_rows,
+    replaced,
+    without_identical,
+)
 from .tokens import is_text, prepare_tokens
 
 MIXING = ("weight", "shards", "shards_idx")
@@ -63,7 +71,7 @@ def first_rows(
     entry = cfg[SPLITS[split]][index]
     entry = DictDefault({key: value for key, value in entry.items() if key not in MIXING})
     with naming_the_row(cfg):
-        dataset, more = _read(entry, limit, cfg.hf_use_auth_token)
+        dataset, more = _read(entry, split, limit, cfg.hf_use_auth_token)
     seen: set[int] | None = set() if cfg.dataset_exact_deduplication else None
     counts = count_entry(cfg, entry, split, dataset, tokenizer, seen)
     alone = {
@@ -84,18 +92,21 @@ def first_rows(
     return FirstRows(_complete(counts, len(whole), kept, cfg["aot_mode"]), more, whole, kept)
 
 
-def _read(entry: Any, limit: int, token: Any) -> tuple[Dataset, bool]:
+def _read(entry: Any, split: str, limit: int, token: Any) -> tuple[Dataset, bool]:
     """The first rows of an entry, and whether there are more."""
-    rows = _streamed(entry, limit + 1, token)
+    rows = _streamed(entry, split, limit + 1, token)
     if rows is None:
-        rows = all_rows(load_dataset_with_config(entry, token))
+        loaded = load_dataset_with_config(entry, token)
+        check_split(loaded, entry, split)
+        rows = all_rows(loaded)
     return rows.select(range(min(limit, len(rows)))), len(rows) > limit
 
 
-def _streamed(entry: Any, count: int, token: Any) -> Dataset | None:
+def _streamed(entry: Any, split: str, count: int, token: Any) -> Dataset | None:
     """The first rows, of which no more are read; None if they can't be had in this way."""
     try:
         found = load_dataset_with_config(entry, token, streaming=True)
+        check_split(found, entry, split)
         stream = found["train"] if isinstance(found, IterableDatasetDict) else found
         if not isinstance(stream, IterableDataset):
             return None  # saved by `save_to_disk`, and mapped into memory

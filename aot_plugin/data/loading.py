@@ -230,7 +230,9 @@ def _count_split(
     cfg: Any, split: str, tokenizer: Any, seen: set[int] | None
 ) -> Iterator[RowCounts]:
     for entry in cfg[SPLITS[split]]:
-        dataset = all_rows(load_dataset_with_config(entry, cfg.hf_use_auth_token))
+        loaded = load_dataset_with_config(entry, cfg.hf_use_auth_token)
+        check_split(loaded, entry, split)
+        dataset = all_rows(loaded)
         yield count_entry(cfg, entry, split, dataset, tokenizer, seen)
 
 
@@ -409,6 +411,16 @@ def _seed(cfg: Any) -> int:
     # Without `seed` the host's config has none. All ranks, and a resumed run, must take the same
     # rows.
     return DEFAULT_SEED if cfg.seed is None else cfg.seed
+
+
+def check_split(dataset: Any, entry: Any, split: str) -> None:
+    """Raises BadRow if an entry of ``test_datasets`` names none of several splits: the rows would
+    be those of ``train``."""
+    if split == "test" and isinstance(dataset, Mapping) and len(dataset) > 1:
+        raise BadRow(
+            f"{entry['path']}: its entry in `test_datasets` does not say which split, and Axolotl "
+            f"would read `train`; write `split` with one of {', '.join(map(str, dataset))}"
+        )
 
 
 def all_rows(dataset: Dataset | DatasetDict) -> Dataset:

@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from aot_plugin.data import check_labels, resolve_unpaired_datasets
 from aot_plugin.data.accounting import RowCounts, count_rows, table
+from aot_plugin.data.first_rows import first_rows
 from aot_plugin.data.loading import load_datasets, row_counts
 from aot_plugin.data.strategy import transform_for
 
@@ -351,3 +352,20 @@ def test_table_without_drops():
     lines = table([RowCounts("a.jsonl", "train", 3, positive=2, negative=1)]).splitlines()
     assert lines[0].split() == ["dataset", "split", "rows", "responses", "positive", "negative"]
     assert lines[1].split() == ["a.jsonl", "train", "3", "3", "2", "1"]
+
+
+@pytest.mark.slow
+def test_held_out_rows_are_not_silently_those_of_train(config, tmp_path):
+    folder = tmp_path / "both"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", rows(True, False, True))
+    write_rows(folder / "test.jsonl", rows(True, False, prompt="Other"))
+    entry = {"path": str(folder), "type": "chat_template.default"}
+    test = {**entry, "split": "test"}
+    meta = load_datasets(config([entry], test_datasets=[test]))
+    assert (len(meta.train_dataset), len(meta.eval_dataset)) == (3, 2)
+    cfg = config([entry], test_datasets=[entry])
+    with pytest.raises(ValueError, match=r"does not say which split.*one of train, test"):
+        load_datasets(cfg)
+    with pytest.raises(ValueError, match=r"does not say which split.*one of train, test"):
+        first_rows(cfg, "test", 0, 5, load_tokenizer(cfg), str(tmp_path / "tmp"))
