@@ -280,7 +280,7 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
     kwargs |= {key: cfg[key] for key in FORWARDED if cfg.get(key) is not None}
     if cfg.get("early_stopping_patience"):
         kwargs.setdefault("metric_for_best_model", "loss")
-    if _is_minimized(kwargs.get("metric_for_best_model") or ""):
+    if _is_minimized(str(kwargs.get("metric_for_best_model"))):
         kwargs.setdefault("greater_is_better", False)
     if cfg.get("curriculum_sampling"):
         kwargs["train_sampling_strategy"] = "sequential"
@@ -421,15 +421,15 @@ def _readable(error: ValidationError) -> str:
 
 
 def _beta(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    trl_beta = (cfg.get("trl") or {}).get("beta")
-    for key, beta in (("rl_beta", cfg.get("rl_beta")), ("trl.beta", trl_beta)):
+    own, trl_beta = cfg.get("rl_beta"), (cfg.get("trl") or {}).get("beta")
+    for key, beta in (("rl_beta", own), ("trl.beta", trl_beta)):
         if beta is not None and not _is_positive(beta):
             raise ValueError(f"`{key}: {beta}` is wrong: write a positive number (the paper: 0.01)")
-    if cfg.get("rl_beta") is None and trl_beta is None:
+    if own is None and trl_beta is None:
         return {"rl_beta": DEFAULT_BETA}
-    if None not in (cfg.get("rl_beta"), trl_beta) and float(cfg["rl_beta"]) != float(trl_beta):
+    if own is not None and trl_beta is not None and float(own) != float(trl_beta):
         raise ValueError(
-            f"`rl_beta: {cfg['rl_beta']}` and `trl.beta: {trl_beta}` are the same setting, and "
+            f"`rl_beta: {own}` and `trl.beta: {trl_beta}` are the same setting, and "
             "Axolotl reads the latter: keep one of them"
         )
     return {}

@@ -9,6 +9,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 
 from .config import desugar, is_desugared, training_args
 from .host.compat import refuse_untested_releases
+from .host.evaluate_command import load_rows_by
 
 
 class AOTPlugin(BasePlugin):
@@ -38,6 +39,8 @@ class AOTPlugin(BasePlugin):
         self._before = {key: cfg.get(key) for key in updates}
         for key, value in updates.items():
             cfg[key] = value
+        if is_desugared(cfg):
+            load_rows_by(self._load_rows)
 
     def on_config_validation_error(self, cfg: dict[str, Any]) -> None:
         """Restores the user's own keys in a config that the host has rejected."""
@@ -68,12 +71,19 @@ class AOTPlugin(BasePlugin):
         """
         if not is_desugared(cfg) or not self._speaks():
             return None
-        from .data.freshness import load_fresh
-        from .data.loading import load_datasets
-        from .host.recovery import discard_half_prepared, set_aside_half_checkpoints
+        from .host.recovery import set_aside_half_checkpoints
 
         if not preprocess:
             set_aside_half_checkpoints(cfg)
+        return self._load_rows(cfg, preprocess)
+
+    def _load_rows(self, cfg: Any, preprocess: bool = False) -> Any:
+        if not is_desugared(cfg):
+            return None
+        from .data.freshness import load_fresh
+        from .data.loading import load_datasets
+        from .host.recovery import discard_half_prepared
+
         discard_half_prepared(cfg, preprocess)
         return load_fresh(cfg, lambda: load_datasets(cfg, preprocess))
 

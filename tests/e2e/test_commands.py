@@ -1,8 +1,10 @@
 """The host's own commands, from preprocessing to inference, on a tiny model."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from cuts import assert_same
@@ -280,3 +282,20 @@ def test_one_begin_of_sequence_token(
     assert seen
     for ids in seen:
         assert ids[:2].count(bos_id) == 1, ids[:5]
+
+
+def test_an_evaluation_reads_its_rows_as_a_training_does(tiny_model: Path, tmp_path: Path) -> None:
+    """Also by the command, after a file was edited, and of which only a part is read."""
+    from axolotl.cli.evaluate import do_cli
+
+    data = write_rows(tmp_path / "rows.jsonl", paired_rows(8))
+    held_out = write_rows(tmp_path / "held_out.jsonl", paired_rows(4, seed=1))
+    cfg = config(tiny_model, data, tmp_path / "out", max_steps=1, **LORA)
+    cfg["test_datasets"] = [{**cfg["datasets"][0], "path": str(held_out), "weight": 0.5}]
+    path = write_config(tmp_path / "cfg.yml", cfg)
+    for pairs in (12, 20):
+        write_rows(held_out, paired_rows(pairs, seed=2))
+        with mock.patch.object(sys, "argv", ["evaluate"]):
+            do_cli(config=str(path))
+        (written,) = (tmp_path / "out" / "aot").glob("dominance-evaluate-*.json")
+        assert json.loads(written.read_text())["n_chosen"] == pairs // 2

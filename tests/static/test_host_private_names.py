@@ -193,6 +193,7 @@ def binds(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 def test_functions_take_our_calls() -> None:
     from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list
+    from axolotl.cli import evaluate
     from axolotl.common import datasets as common
     from axolotl.loaders import load_adapter, load_tokenizer
     from axolotl.utils.chat_templates import extract_chat_template_args, get_chat_template
@@ -221,6 +222,8 @@ def test_functions_take_our_calls() -> None:
     binds(check_dataset_labels, None, tokenizer=None, num_examples=1, text_only=True, rl_mode=True)
     # Both are replaced by name in the module that calls them.
     assert "load_dataset_with_config(" in inspect.getsource(rl._load_split)
+    evaluating = inspect.getsource(evaluate.do_evaluate)
+    assert "load_preference_datasets(cfg=cfg, cli_args=cli_args)" in evaluating
     called = inspect.getsource(common.load_preference_datasets)
     assert "check_dataset_labels(" in called
     assert all(f"{name}=" in called for name in ("dataset", "tokenizer", "num_examples"))
