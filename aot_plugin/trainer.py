@@ -12,9 +12,10 @@ import torch
 from accelerate import PartialState
 from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
+from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 
-from .data import LEVEL, WEIGHT, is_text, prepare_tokens
+from .data import LEVEL, WEIGHT, is_text, prepare_tokens, rows_cut
 from .host.adapters import policy_to_start_from, refuse_another_start, save_adapter_only
 from .host.checks import refuse_inexact, warn_of_unread_options
 from .host.images import ImageCollator
@@ -32,6 +33,8 @@ from .registry import lookup
 from .scoring.excess import mark_excess
 from .scoring.model_input import Batch
 from .step.engine import Objective
+
+LOG = get_logger("axolotl.aot_plugin.trainer")
 
 
 class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowColumnsMixin, ModelCardMixin):
@@ -111,9 +114,15 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowColumnsMixin, ModelCardMix
         keeps_end = getattr(args, "truncation_mode", None) == "keep_end"
         max_length = None if keeps_end else args.max_length
         with PartialState().local_main_process_first():  # the accelerator may not be there yet
-            return prepare_tokens(
+            prepared = prepare_tokens(
                 dataset, self._tokenizer, self._mode, max_length, args.dataset_num_proc
             )
+        if args.max_length and (cut := rows_cut(prepared, self._mode, args.max_length)):
+            LOG.warning(
+                "%d of %d rows of the %s dataset are longer than `sequence_len: %d` and are cut",
+                *(cut, len(prepared), dataset_name, args.max_length),
+            )
+        return prepared
 
 
 class AOTPairedTrainer(AOTTrainerMixin, AxolotlDPOTrainer):

@@ -35,7 +35,7 @@ from .accounting import check_labels
 from .entries import kept_entries, resolve_datasets, resolve_unpaired_datasets
 from .levels import LEVEL, level_of, levels
 from .strategy import strategy_factory
-from .tokens import is_text, prepare_tokens
+from .tokens import is_text, prepare_tokens, rows_cut
 from .weights import WEIGHT
 
 __all__ = [
@@ -49,5 +49,6 @@ __all__ = [
     "prepare_tokens",
     "resolve_datasets",
     "resolve_unpaired_datasets",
+    "rows_cut",
     "strategy_factory",
 ]

@@ -95,6 +95,8 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
     if unpaired:
         LOG.info("training on %s", check_labels(meta.train_dataset))
         _warn_of_one_label(meta.eval_dataset)
+    if tokenizer is not None and meta.eval_dataset is not None:
+        _warn_of_trained_prompts(meta.train_dataset, meta.eval_dataset, cfg["aot_mode"])
     return meta
 
 
@@ -372,6 +374,23 @@ def _refuse_empty(dataset: Dataset, cfg: Any, split: str) -> None:
             f"`{SPLITS[split]}`: no rows are left to {purpose}; they are empty, or every row was "
             "dropped: the table above says why (`too long`: longer than `sequence_len: "
             f"{cfg['sequence_len']}`)"
+        )
+
+
+def _warn_of_trained_prompts(trained: Dataset, held_out: Dataset, mode: str) -> None:
+    """Says how many held-out rows have the prompt of a training row.
+
+    The host holds rows out one by one, and a prompt with several responses makes several rows.
+    """
+    if not (is_text(trained, mode) and is_text(held_out, mode)):
+        return
+    seen = {hash(prompt) for prompt in trained["prompt"]}
+    count = sum(hash(prompt) in seen for prompt in held_out["prompt"])
+    if count:
+        LOG.warning(
+            "%d of %d held-out rows have a prompt that is trained on, too, so evaluations look "
+            "better than on new prompts; `test_datasets` with prompts of its own does not",
+            *(count, len(held_out)),
         )
 
 

@@ -11,6 +11,8 @@ for text of other strategies when the trainer prepares the dataset.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
@@ -181,6 +183,18 @@ def prepare_tokens(
     if max_length is None:
         return dataset
     return dataset.filter(_has_room, fn_kwargs={"max_length": max_length}, num_proc=num_proc)
+
+
+def rows_cut(dataset: Dataset, mode: str, max_length: int) -> int:
+    """How many tokenized rows are longer than ``max_length``, so that TRL's collator cuts them."""
+    cut = 0
+    names = ["prompt_ids", *(f"{name}_ids" for name in COMPLETIONS[mode])]
+    for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=10_000):
+        prompt, *completions = (
+            pc.list_value_length(batch[name]).to_numpy(zero_copy_only=False) for name in names
+        )
+        cut += int((prompt + np.maximum.reduce(completions) > max_length).sum())
+    return cut
 
 
 def _encode(batch: dict[str, list[Any]], tokenizer: Any, mode: str) -> dict[str, list[list[int]]]:

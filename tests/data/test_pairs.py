@@ -322,3 +322,15 @@ def test_equal_texts_of_a_text_type_are_dropped_and_named(load, caplog):
     rows = [{"question": f"Q{n}", "chosen": "a", "rejected": "ab"[n % 2]} for n in range(4)]
     assert len(load(rows, type="chatml.intel")) == 2
     assert "2 pairs of the train datasets have the same text" in caplog.text
+
+
+def test_held_out_prompts_that_are_trained_are_counted(config, tmp_path, caplog):
+    rows = [{"prompt": f"Q{n // 2}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(8)]
+    entry = {"path": write_rows(tmp_path / "rows.jsonl", rows), "type": "chat_template.default"}
+    others = [row | {"prompt": f"{row['prompt']}?"} for row in rows[:4]]
+    other = {**entry, "path": write_rows(tmp_path / "other.jsonl", others)}
+    load_datasets(config([entry], "smollm2", aot_mode="paired", test_datasets=[other]))
+    assert "held-out" not in caplog.text
+    more = {**entry, "path": write_rows(tmp_path / "more.jsonl", others + rows[:3])}
+    load_datasets(config([entry], "smollm2", aot_mode="paired", test_datasets=[more]))
+    assert "3 of 7 held-out rows have a prompt that is trained on" in caplog.text

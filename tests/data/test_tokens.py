@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from aot_plugin.data import prepare_tokens, resolve_unpaired_datasets
 from aot_plugin.data.loading import load_datasets
 from aot_plugin.data.strategy import transform_for
-from aot_plugin.data.tokens import features, same_ids
+from aot_plugin.data.tokens import features, rows_cut, same_ids
 
 SYSTEM = {"role": "system", "content": "Answer in one word."}
 TURNS = [
@@ -428,3 +428,11 @@ def test_texts_that_become_the_same_ids(tokenizer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_that_become_the_same_ids_of_a_family(family, model_dir):
     test_texts_that_become_the_same_ids(AutoTokenizer.from_pretrained(model_dir(family)))
+
+
+def test_rows_that_are_cut_are_counted():
+    ids = {"prompt_ids": [[1, 2]] * 3, "chosen_ids": [[3], [3, 4], []]}
+    rows = Dataset.from_dict(ids | {"rejected_ids": [[3, 4], [3], [3, 4, 5]]})
+    assert [rows_cut(rows, "paired", limit) for limit in (3, 4, 5)] == [3, 1, 0]
+    rows = rows.select([2, 0]).rename_column("chosen_ids", "completion_ids")
+    assert [rows_cut(rows, "unpaired", limit) for limit in (1, 2, 3)] == [2, 1, 0]
