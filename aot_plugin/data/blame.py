@@ -85,12 +85,38 @@ def check_host_type(dataset: Dataset, entry: Any, cfg: Any) -> None:
             f"{entry['path']}, row {number}: {what}, which type {name} can't represent; {instead} "
             "(docs/datasets.md), or fix the row"
         )
+    is_rendered = isinstance(kind, str) and not strategy.__module__.endswith(".passthrough")
+    if is_rendered and (ends := _other_ends(dataset, strategy, cfg)):
+        LOG.warning(
+            "%s: its type %s writes prompts that end in %r, and the chat template, which is saved "
+            "with the model, in %r. Who asks the model by its template will ask in another form "
+            "than was trained; `type: chat_template.default` renders with the template",
+            *(entry["path"], kind, *ends),
+        )
     if TOOLS in dataset.column_names and any(dataset[TOOLS]):
         LOG.warning(
             "%s: the column `%s` has no effect: its type renders without a chat template",
             entry["path"],
             TOOLS,
         )
+
+
+def _other_ends(dataset: Dataset, strategy: Callable[..., Any], cfg: Any) -> tuple[str, str] | None:
+    """How the first prompt ends, and how the chat template ends one; None if in the same way, or if
+    that can't be said."""
+    tokenizer = load_tokenizer(cfg)
+    if not tokenizer.chat_template or not len(dataset):
+        return None
+    question = "Qx7"
+    try:
+        prompt = str(strategy(dict(dataset[0]))["prompt"]).rstrip()
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception:
+        return None  # a faulty row is named later; a template may want more than one turn
+    end = asked.rpartition(question)[2].strip()
+    return None if prompt.endswith(end) else (prompt[-len(end) :], end)
 
 
 def _holds_turns(dataset: Dataset, name: str) -> bool:

@@ -334,3 +334,23 @@ def test_held_out_prompts_that_are_trained_are_counted(config, tmp_path, caplog)
     more = {**entry, "path": write_rows(tmp_path / "more.jsonl", others + rows[:3])}
     load_datasets(config([entry], "smollm2", aot_mode="paired", test_datasets=[more]))
     assert "3 of 7 held-out rows have a prompt that is trained on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "differs"),
+    [
+        ("chatml.intel", "chatml", False),
+        ("chatml.intel", "llama3", True),
+        ("llama3.intel", "llama3", False),
+        ("llama3.intel", "chatml", True),
+        ("chatml.intel", "mistral_v1", True),
+    ],
+)
+def test_a_type_that_writes_another_form_than_the_template(
+    kind, template, differs, config, tmp_path, caplog
+):
+    """The template is what is saved with the model, and what it will be asked by."""
+    rows = [{"question": f"Q{n}", "chosen": "a", "rejected": "b"} for n in range(2)]
+    entry = {"path": write_rows(tmp_path / "rows.jsonl", rows), "type": kind}
+    load_datasets(config([entry], "smollm2", aot_mode="paired", chat_template=template))
+    assert (f"its type {kind} writes prompts that end in" in caplog.text) == differs
