@@ -85,6 +85,13 @@ class EvaluationMixin(SamplesMixin, ThroughputMixin):
         rows = torch.from_numpy(columns).flatten(0, 1)
         check_finite(rows[:, :2], f"the evaluation after step {self.state.global_step}")
         logps, ref_logps, label, tokens, mass = rows[:, :5].unbind(dim=1)
+        if (self.state.global_step or not self.is_in_train) and torch.equal(logps, ref_logps):
+            LOG.warning(
+                "policy and reference gave the same log-probabilities: nothing is trained yet, or "
+                "`axolotl evaluate` compares `base_model` with itself. It evaluates an adapter "
+                "(`--lora-model-dir`); for a model that was trained as a whole there is "
+                "`python -m aot_plugin report`"
+            )
         step, loss = self._objective(logps, ref_logps, label, tokens, mass)
         metrics = {"loss": loss.item(), "num_tokens": float(self._tokens)}
         metrics |= prediction_metrics(rows[:, 5:], label == 1, tokens, mass)

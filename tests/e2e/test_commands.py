@@ -21,6 +21,8 @@ from harness import (
 )
 from host_process import forked_axolotl
 
+from aot_plugin.host import evaluation
+
 pytestmark = pytest.mark.slow
 
 LORA = {
@@ -295,7 +297,12 @@ def test_an_evaluation_reads_its_rows_as_a_training_does(tiny_model: Path, tmp_p
     path = write_config(tmp_path / "cfg.yml", cfg)
     for pairs in (12, 20):
         write_rows(held_out, paired_rows(pairs, seed=2))
-        with mock.patch.object(sys, "argv", ["evaluate"]):
+        with (
+            mock.patch.object(sys, "argv", ["evaluate"]),
+            mock.patch.object(evaluation.LOG, "warning") as warned,
+        ):
             do_cli(config=str(path))
+        # No adapter is named, so the base model is compared with itself.
+        assert "gave the same log-probabilities" in warned.call_args.args[0]
         (written,) = (tmp_path / "out" / "aot").glob("dominance-evaluate-*.json")
         assert json.loads(written.read_text())["n_chosen"] == pairs // 2
