@@ -4,7 +4,6 @@ What is installed is asked for its features; versions only bound what was tested
 release is likely to work (docs/compatibility.md has the table of what was seen where).
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,23 +68,21 @@ def cached_at(dataset: Any, file: Path) -> Iterator[list[str]]:
 def saved_adapter_config(adapter: Path) -> dict[str, Any] | None:
     """The config saved with an adapter in a folder or, for a relative path that is none, on the
     hub; None if there is none."""
-    from_hub = not adapter.is_absolute()
     try:
         from axolotl.loaders.adapter import read_saved_adapter_config
     except ImportError:  # Axolotl 0.19
-        return _read_adapter_config(adapter, from_hub)
-    saved: dict[str, Any] | None = read_saved_adapter_config(adapter, from_hub=from_hub)
+        return _saved_config_by_peft(adapter)
+    saved: dict[str, Any] | None = read_saved_adapter_config(
+        adapter, from_hub=not adapter.is_absolute()
+    )
     return saved
 
 
-def _read_adapter_config(adapter: Path, from_hub: bool) -> dict[str, Any] | None:
-    from huggingface_hub import hf_hub_download
+def _saved_config_by_peft(adapter: Path) -> dict[str, Any] | None:
+    from peft import PeftConfig
 
-    path = adapter / "adapter_config.json"
     try:
-        if from_hub and not adapter.exists():
-            path = Path(hf_hub_download(str(adapter), path.name))
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):  # the hub's errors are of these classes
+        found: dict[str, Any] = PeftConfig.from_pretrained(str(adapter)).to_dict()
+    except (OSError, ValueError):
         return None
     return found
