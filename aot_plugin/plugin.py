@@ -9,7 +9,6 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 
 from .config import desugar, is_desugared, training_args
 from .host.compat import refuse_untested_releases
-from .host.evaluate_command import load_rows_by
 
 
 class AOTPlugin(BasePlugin):
@@ -40,6 +39,8 @@ class AOTPlugin(BasePlugin):
         for key, value in updates.items():
             cfg[key] = value
         if is_desugared(cfg):
+            from .host.evaluate_command import load_rows_by
+
             load_rows_by(self._load_rows)
 
     def on_config_validation_error(self, cfg: dict[str, Any]) -> None:
