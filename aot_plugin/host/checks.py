@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..ot.losses import LOSSES
+from ..scoring.gradients import TOLERANCE, gradient_error
 from ..scoring.model_input import FIELDS, MORE, Batch
-from ..scoring.scorer import Scorer
+from ..scoring.scorer import Scorer, free_memory
 from ..step.engine import MicroBatch
 
 LOG = get_logger("axolotl.aot_plugin.checks")
@@ -282,6 +283,31 @@ def check_start(
     if found:
         raise ValueError(wrong_reference(found, model, settings))
     return is_random
+
+
+def check_gradient(
+    scorer: Scorer, batch: MicroBatch, model: nn.Module, gather: Callable[[Tensor], Tensor]
+) -> None:
+    """Refuses a model in which the gradient of rows depends on the rows beside them, on all ranks
+    together. Arguments as of ``check_start``.
+
+    Raises:
+        ValueError: naming likely causes.
+    """
+    try:
+        error = gradient_error(scorer, batch.inputs, model)
+    except torch.OutOfMemoryError:
+        error = 0.0  # the step itself can cut its micro-batches
+    free_memory()
+    found = gather(torch.tensor([[error]], device=batch.inputs["input_ids"].device)).max().item()
+    if found > TOLERANCE:
+        raise ValueError(
+            f"the gradient of rows together is not the sum of their gradients (it is off by "
+            f"{found:.0%}), although their log-probabilities agree: a kernel or a patched layer "
+            "has a wrong backward pass for several rows. Look for keys that replace layers "
+            "(`lora_mlp_kernel`, `lora_qkv_kernel`, `lora_o_kernel`, `tiled_mlp`, a kernel of a "
+            "plugin), or write another `attn_implementation`"
+        )
 
 
 def some_weights(model: nn.Module) -> list[Tensor]:

@@ -71,19 +71,29 @@ def may_retry(trainer: Any) -> bool:
 
 def why_gradients_are_not_held(trainer: Any) -> str | None:
     """What forbids to take the gradient of a row's score along with the score, so that the row
-    needs no second forward pass; None if nothing does.
-
-    In fp16 the gradients would lack the scale of the loss; reentrant checkpointing can't give a
-    gradient without adding it to the step's.
-    """
+    needs no second forward pass; None if nothing does."""
     args: Any = trainer.args
-    checkpointing = args.gradient_checkpointing_kwargs or {}
     if args.aot_sft_weight and trainer._step_class is PairedLogps:
         return "with `aot_sft_weight` the loss depends on more than a pair's margin"
     if args.aot_score == "mean" and trainer._step_class is PairedLogps:
         return "with `aot_score: mean` the loss depends on more than a pair's margin"
     if args.per_device_train_batch_size > 1:
         return "`micro_batch_size` is not 1"
+    if why := why_no_gradient_aside(trainer):
+        return why
+    if gradients_that_fit(trainer.model) == 0:
+        return "full fine-tuning" if not _has_adapter(trainer.model) else "the adapter is too large"
+    return None
+
+
+def why_no_gradient_aside(trainer: Any) -> str | None:
+    """What forbids to take a gradient that is not added to the step's; None if nothing does.
+
+    In fp16 it would lack the scale of the loss; reentrant checkpointing can't give a gradient
+    without adding it.
+    """
+    args: Any = trainer.args
+    checkpointing = args.gradient_checkpointing_kwargs or {}
     if why := why_graph_is_not_kept(trainer):
         return why
     if getattr(trainer, "is_deepspeed_enabled", False):
@@ -92,8 +102,6 @@ def why_gradients_are_not_held(trainer: Any) -> str | None:
         return "`fp16` is on"
     if args.gradient_checkpointing and checkpointing.get("use_reentrant") is not False:
         return "`gradient_checkpointing_kwargs: {use_reentrant: false}` is missing"
-    if gradients_that_fit(trainer.model) == 0:
-        return "full fine-tuning" if not _has_adapter(trainer.model) else "the adapter is too large"
     return None
 
 

@@ -14,10 +14,10 @@ from ..scoring.model_input import Batch
 from ..step.budget import Budget
 from ..step.engine import MicroBatch, StepEngine
 from ..step.ranks import gather_rows
-from .checks import check_start, refuse_updates_within_a_step, some_weights
+from .checks import check_gradient, check_start, refuse_updates_within_a_step, some_weights
 from .evaluation import EvaluationMixin
 from .repeated_rows import without_repeated_rows
-from .speed import permits, speed_features
+from .speed import permits, speed_features, why_no_gradient_aside
 
 LOG = get_logger("axolotl.aot_plugin.steps")
 
@@ -113,6 +113,8 @@ class StepsMixin(EvaluationMixin):
                 widest=self._widest_row(),
                 gather=self.accelerator.gather,
             )
+            if not self._is_random and why_no_gradient_aside(self) is None:
+                check_gradient(self._scorer, batches[0], self.model, self.accelerator.gather)
             # Only now is it known what wraps the model, and what the model does to its logits.
             LOG.info("speed: %s", speed_features(self, self._scorer.settled()))
         if several and not self._updates_checked:

@@ -122,6 +122,13 @@ class Scorer:
             inputs = self._arranged(batch, model, "policy", gradient=True)
             return weighted_logps_sum(model, self._head(), inputs, weights, self._excess_weight)
 
+    def weighted_sum_apart(self, batch: Batch, weights: Tensor) -> Tensor:
+        """``weighted_sum`` with one sequence per row, whatever the layout."""
+        with self._with_gradient():
+            return weighted_logps_sum(
+                *(self._policy(), self._head(), padded_rows(batch), weights, self._excess_weight)
+            )
+
     def reference_logps(self, batch: Batch, policy: nn.Module | None = None) -> Tensor:
         """The reference's log-probabilities, [sequences] float32, in nats.
 

@@ -161,3 +161,32 @@ def test_out_of_memory_in_the_middle_of_a_step(
     monkeypatch.setattr(mixin, "train", train_again)
     monkeypatch.setattr(budget, "HELD_SHARE", 100.0)
     assert_same(cutter.run(1, 8), whole, steps=2)
+
+
+class Forgetful(torch.autograd.Function):
+    """The identity, whose backward pass knows the first row of a micro-batch only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return torch.cat([grad[:1], torch.zeros_like(grad[1:])])
+
+
+@pytest.mark.parametrize("mode", ["paired", "unpaired"])
+@pytest.mark.parametrize("adapter", [LORA, {}], ids=["lora", "full"])
+def test_a_wrong_backward_pass_for_several_rows(
+    mode: str, adapter: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """No score shows it: `tiled_mlp` of Axolotl 0.21 was of this kind."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: Forgetful.apply(forward(self, x)))
+    rows = paired_rows(16) if mode == "paired" else unpaired_rows(16)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    cfg = config(tiny_model, data, tmp_path / "out", aot_mode=mode, **adapter, **IN_PROCESS)
+    with pytest.raises(ValueError, match="the gradient of rows together is not the sum"):
+        train(cfg)
