@@ -81,7 +81,11 @@ def test_every_type_keeps_weights_and_drops_those_of_zero(
     assert dataset[WEIGHT] == KEPT
     assert not ours or loaded.eval_dataset[WEIGHT] == KEPT[1:]
     assert [row["prompt"] for row in dataset if "Question 2" in row["prompt"]] == []
-    (table,) = (r.getMessage() for r in caplog.records if "rows of the" in r.getMessage())
+    (table,) = (
+        r.getMessage()
+        for r in caplog.records
+        if r.levelname == "INFO" and "rows of the" in r.getMessage()
+    )
     head, *lines = (text.replace("weight 0", "weight_0").split() for text in table.splitlines()[1:])
     assert [dict(zip(head, line, strict=True))["weight_0"] for line in lines] == ["1"] * len(lines)
     # As the trainer reads it.
