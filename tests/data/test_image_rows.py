@@ -192,7 +192,7 @@ def test_text_beside_images_is_refused(load, picture):
     "keys",
     [
         {"precompute_ref_log_probs": True},
-        {"aot_samples": 2, "val_set_size": 1},
+        {"aot_samples": 2, "val_set_size": 1, "eval_steps": 1},
         {"excess_length_strategy": "raise"},
         {"chat_template_kwargs": {"enable_thinking": False}},
     ],
