@@ -14,7 +14,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+try:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+except ImportError:
+    raise SystemExit("the sentiment rule is missing: pip install vaderSentiment") from None
 
 MAX_NEW_TOKENS = 48
 PROMPTS_PER_BATCH = 16
