@@ -23,6 +23,7 @@ from ..report.saved_arguments import (
     start_adapter,
     start_digest,
 )
+from .compat import saved_adapter_config
 from .reference_cache import REFERENCE_ADAPTER
 
 LOG = get_logger("axolotl.aot_plugin.host.adapters")
@@ -91,14 +92,17 @@ def _load(model: nn.Module, cfg: Any) -> PeftModel:
         saved.lora_alpha,
         saved.target_modules,
     )
-    if saved.base_model_name_or_path not in (None, cfg.base_model):
+    _warn_of_another_base(cfg.lora_model_dir, saved.base_model_name_or_path, cfg.base_model)
+    return policy
+
+
+def _warn_of_another_base(adapter: Any, trained_on: str | None, base_model: str) -> None:
+    """The base model is the reference, or a part of it."""
+    if trained_on not in (None, base_model):
         LOG.warning(
             "the adapter %s was trained on %s, and base_model is %s",
-            cfg.lora_model_dir,
-            saved.base_model_name_or_path,
-            cfg.base_model,
+            *(adapter, trained_on, base_model),
         )
-    return policy
 
 
 def refuse_another_start(checkpoint: Path, arguments: Any) -> None:
@@ -111,6 +115,9 @@ def refuse_another_start(checkpoint: Path, arguments: Any) -> None:
     Raises:
         ValueError: if the run of the checkpoint started from another adapter than this one.
     """
+    cfg = PluginManager.get_instance().cfg
+    if cfg is not None and (saved := saved_adapter_config(checkpoint.absolute())):
+        _warn_of_another_base(checkpoint, saved.get("base_model_name_or_path"), cfg.base_model)
     before, start = start_adapter(checkpoint) or "", arguments.aot_start_adapter
     if before and start:
         check_start(checkpoint, start)

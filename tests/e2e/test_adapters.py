@@ -25,6 +25,7 @@ from harness import (
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from aot_plugin.host import adapters
 from aot_plugin.report.scores import Scores
 from aot_plugin.report.scoring import score_run
 
@@ -162,6 +163,21 @@ def test_on_quantized_weights(runner: Runner, start: Path) -> None:
     assert np.abs(logps(ends, False) - logps(ends, True)).max() > 0.01
     precise = runner.train("float32", max_steps=1, lora_fp32_gradients=True, **keys)
     assert {parameter.dtype for parameter in precise.parameters.values()} == {torch.float32}
+
+
+def test_a_resumed_run_on_another_base_model(runner: Runner, monkeypatch: Any) -> None:
+    """Its reference would be another one."""
+    said: list[str] = []
+    monkeypatch.setattr(adapters.LOG, "warning", lambda text, *args: said.append(text % args))
+    keys = {**NEW, "max_steps": 2, "save_steps": 1}
+    runner.train("run", **keys)
+    resume = {"resume_from_checkpoint": str(runner.folder / "run" / "checkpoint-1")}
+    runner.train("same", **keys, **resume)
+    assert said == []
+    other = shutil.copytree(runner.model, runner.folder / "another")
+    runner.train("other", **keys, **resume, base_model=str(other))
+    (line,) = said
+    assert line.endswith(f"was trained on {runner.model}, and base_model is {other}")
 
 
 def test_the_life_of_a_run_on_an_adapter(runner: Runner, start: Path) -> None:
