@@ -1,8 +1,8 @@
 """How far a step's gradient is from that of all rows, by what its margins are compared with.
 
-The quickstart's pairs, at several steps of one training. The gradient of each pair's margin u in the
-adapter is computed once; any loss of a batch then has the gradient sum_i (dL/du_i) grad u_i, so its
-distance from the transport gradient of all pairs needs inner products of these gradients only.
+The quickstart's pairs, at several steps of one training. The gradient of each pair's margin u in
+the adapter is computed once; any loss of a batch then has the gradient sum_i (dL/du_i) grad u_i, so
+its distance from the transport gradient of all pairs needs inner products of these gradients only.
 Compared with the sorted margins u of a batch of n pairs are
 
 - ``step``: the reference's margins of the same pairs, sorted (AOT over the step)
