@@ -15,6 +15,8 @@ from aot_plugin.step.record import watched_steps
 pytestmark = pytest.mark.slow
 
 ROWS = {"paired": vision.image_pairs, "unpaired": vision.image_completions}
+ROUNDING = 5e-4
+"""Much of a vision tower's gradient is rounding, and processors differ in it."""
 PEER = {"rl": "dpo", "dpo_loss_type": ["aot"], "aot_mode": None}
 
 
@@ -34,7 +36,7 @@ class Runs:
             "aot_mode": mode,
             "processor_type": f"{model.name}Processor",
             "learning_rate": 0.001,
-            "adam_epsilon": 0.01,  # much of a vision tower's gradient is rounding
+            "adam_epsilon": 0.01,
             "max_steps": 4,
         } | keys
 
@@ -61,12 +63,12 @@ class Runs:
 def test_pairs_train_as_the_peers_do_at_every_cut(
     kind: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    rate = {"Llava": 0.001, "Gemma3": 0.006}[kind]
+    rate = {"Llava": 0.001, "Gemma3": 0.004}[kind]
     runs = Runs(models[kind], tmp_path, "paired", learning_rate=rate)
     whole = runs.run(8, 1)
-    assert_same(whole, runs.run(8, 1, **PEER), steps=4)
-    assert_same(runs.run(2, 4), whole, steps=4)
-    assert_differs(runs.run(2, 4, aot_batch="micro_batch"), whole)
+    assert_same(whole, runs.run(8, 1, **PEER), steps=4, tolerance=ROUNDING)
+    assert_same(runs.run(2, 4), whole, steps=4, tolerance=ROUNDING)
+    assert_differs(runs.run(2, 4, aot_batch="micro_batch"), whole, tolerance=ROUNDING)
 
 
 @pytest.mark.parametrize("mode", ["paired", "unpaired"])
@@ -111,9 +113,9 @@ def test_labelled_rows_of_turns_and_of_our_type_are_the_same(
 ) -> None:
     runs = Runs(models["Llava"], tmp_path, "unpaired")
     whole = runs.run(8, 1)
-    assert_same(runs.run(2, 4), whole, steps=4)
-    assert_same(runs.run(8, 1, type="chat_template.default"), whole, steps=4)
-    assert_differs(runs.run(2, 4, aot_batch="micro_batch"), whole)
+    assert_same(runs.run(2, 4), whole, steps=4, tolerance=ROUNDING)
+    assert_same(runs.run(8, 1, type="chat_template.default"), whole, steps=4, tolerance=ROUNDING)
+    assert_differs(runs.run(2, 4, aot_batch="micro_batch"), whole, tolerance=ROUNDING)
 
 
 @pytest.mark.parametrize("mode", ["paired", "unpaired"])
