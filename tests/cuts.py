@@ -15,8 +15,15 @@ def relative(a: float, b: float) -> float:
     return abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0
 
 
-def assert_same(run: Run, reference: Run, tolerance: float = TOLERANCE, steps: int = 5) -> None:
-    for key in ("loss", "grad_norm"):
+def assert_same(
+    run: Run,
+    reference: Run,
+    tolerance: float = TOLERANCE,
+    steps: int = 5,
+    logged: tuple[str, ...] = ("loss", "grad_norm"),
+) -> None:
+    """Logged values of all steps and the final parameters agree."""
+    for key in logged:
         values, expected = run.logged(key), reference.logged(key)
         assert len(values) == len(expected) >= steps
         for step, (a, b) in enumerate(zip(values, expected, strict=True), 1):
