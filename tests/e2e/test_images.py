@@ -15,7 +15,7 @@ from aot_plugin.step.record import watched_steps
 pytestmark = pytest.mark.slow
 
 ROWS = {"paired": vision.image_pairs, "unpaired": vision.image_completions}
-SAME: dict[str, Any] = {"steps": 4, "logged": ("loss",), "tolerance": 5e-4}
+SAME: dict[str, Any] = {"steps": 4, "logged": ("loss",), "tolerance": 2e-4}
 """Much of a vision tower's gradient is rounding, in which processors and the places of arrays in
 memory make a difference: its norm says nothing, and its parameters differ by a little more."""
 PEER = {"rl": "dpo", "dpo_loss_type": ["aot"], "aot_mode": None}
@@ -64,7 +64,7 @@ class Runs:
 def test_pairs_train_as_the_peers_do_at_every_cut(
     kind: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    rate = {"Llava": 0.001, "Gemma3": 0.004}[kind]
+    rate = {"Llava": 0.001, "Gemma3": 0.006}[kind]
     runs = Runs(models[kind], tmp_path, "paired", learning_rate=rate)
     whole = runs.run(8, 1)
     assert_same(whole, runs.run(8, 1, **PEER), **SAME)
