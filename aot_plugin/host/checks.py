@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..ot.losses import LOSSES
-from ..scoring.gradients import TOLERANCE, gradient_error
+from ..scoring.gradients import gradient_error
 from ..scoring.model_input import FIELDS, MORE, Batch
 from ..scoring.scorer import Scorer, free_memory
 from ..step.engine import MicroBatch
@@ -133,10 +133,7 @@ def first_scores(
         widest: number of tokens of the widest row in the run; None if there is no limit.
     """
     device = batch["input_ids"].device
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    dtypes |= {half} if half else set()
-
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    eps = _coarsest_eps(model, half)
 
     def seeded(score: Callable[[Batch], Tensor], batch: Batch, seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -150,6 +147,17 @@ def first_scores(
             elsewhere = seeded(policy_elsewhere, _wider(batch, _longest(model), widest), 0)
     tokens = batch["completion_mask"][:, 1:].bool().sum(dim=1)
     return FirstScores(scores, again, other, elsewhere, tokens, eps)
+
+
+def _coarsest_eps(model: nn.Module, half: torch.dtype | None) -> float:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtypes |= {half} if half else set()
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _half(settings: Any) -> torch.dtype | None:
+    """Autocast's dtype."""
+    return torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
 
 
 @contextmanager
@@ -265,8 +273,8 @@ def check_start(
     Raises:
         ValueError: naming the likely cause.
     """
-    half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
-    first = first_scores(scorer.logps, scorer.logps_apart, batch.inputs, model, half, widest)
+    score, elsewhere = scorer.logps, scorer.logps_apart
+    first = first_scores(score, elsewhere, batch.inputs, model, _half(settings), widest)
 
     def worst_of_ranks(found: Difference) -> Difference:
         numbers = torch.tensor([[*astuple(found)]], device=settings.device)
@@ -286,7 +294,11 @@ def check_start(
 
 
 def check_gradient(
-    scorer: Scorer, batch: MicroBatch, model: nn.Module, gather: Callable[[Tensor], Tensor]
+    scorer: Scorer,
+    batch: MicroBatch,
+    model: nn.Module,
+    settings: Any,
+    gather: Callable[[Tensor], Tensor],
 ) -> None:
     """Refuses a model in which the gradient of rows depends on the rows beside them, on all ranks
     together. Arguments as of ``check_start``.
@@ -294,13 +306,18 @@ def check_gradient(
     Raises:
         ValueError: naming likely causes.
     """
+    device = batch.inputs["input_ids"].device
+    eps = _coarsest_eps(model, _half(settings))
     try:
-        error = gradient_error(scorer, batch.inputs, model)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            error = gradient_error(
+                scorer, batch.inputs, model, lambda: _random_rounding(model, eps)
+            )
     except torch.OutOfMemoryError:
         error = 0.0  # the step itself can cut its micro-batches
     free_memory()
-    found = gather(torch.tensor([[error]], device=batch.inputs["input_ids"].device)).max().item()
-    if found > TOLERANCE:
+    found = gather(torch.tensor([[error]], device=device)).max().item()
+    if found:
         raise ValueError(
             f"the gradient of rows together is not the sum of their gradients (it is off by "
             f"{found:.0%}), although their log-probabilities agree: a kernel or a patched layer "

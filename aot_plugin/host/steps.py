@@ -114,7 +114,8 @@ class StepsMixin(EvaluationMixin):
                 gather=self.accelerator.gather,
             )
             if not self._is_random and why_no_gradient_aside(self) is None:
-                check_gradient(self._scorer, batches[0], self.model, self.accelerator.gather)
+                gather = self.accelerator.gather
+                check_gradient(self._scorer, batches[0], self.model, self.args, gather)
             # Only now is it known what wraps the model, and what the model does to its logits.
             LOG.info("speed: %s", speed_features(self, self._scorer.settled()))
         if several and not self._updates_checked:

@@ -1,0 +1,46 @@
+"""The gradient of rows together against that of rows alone, where rounding is large."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aot_plugin.scoring.gradients import gradient_error, relative_error
+
+
+def test_rows_that_want_the_opposite() -> None:
+    """Two equally probable answers to one question: their gradients add up to rounding."""
+    yes, no = torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])
+    rounded = torch.tensor([0.004, 0.0])
+    assert relative_error([[rounded]], [[yes], [no]]) < 0.01
+    assert relative_error([[yes]], [[yes], [no]]) > 0.5
+
+
+@pytest.mark.parametrize(("rounding", "explained"), [(0.0, False), (0.01, False), (0.5, True)])
+def test_an_error_that_rounding_explains(rounding: float, explained: bool) -> None:
+    """Rows that a model is certain of have gradients of the size of their rounding."""
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1, bias=False)
+    factor = 1.0
+
+    @contextmanager
+    def perturbed() -> Iterator[None]:
+        nonlocal factor
+        factor = 1 + rounding
+        yield
+        factor = 1.0
+
+    def weighted_sum(batch: Any, weights: Tensor) -> Tensor:
+        return 0.1 * model.weight.sum() * len(weights)  # a tenth of the rows' gradients
+
+    def weighted_sum_apart(batch: Any, weights: Tensor) -> Tensor:
+        return factor * model.weight.sum()
+
+    scorer: Any = SimpleNamespace(weighted_sum=weighted_sum, weighted_sum_apart=weighted_sum_apart)
+    tokens = torch.ones(2, 3, dtype=torch.int64)
+    batch = {"input_ids": tokens, "attention_mask": tokens, "completion_mask": tokens}
+    assert (gradient_error(scorer, batch, model, perturbed) == 0) == explained
