@@ -20,8 +20,10 @@ TOLERANCE = 0.25
 (SmolLM2-135M; random Llama, Mixtral, Qwen3-MoE and Gemma 2 models of 8 layers), and 0.1 in the
 magnitudes of DoRA; Axolotl's `tiled_mlp` with two rows is off by 0.4 to 0.8."""
 
-TIMES_ROUNDING = 3
-"""How many times the measured rounding a larger error may be."""
+TIMES_ROUNDING = 1.5
+"""How many times the measured rounding a larger error may be. Not more: what is measured shifts the
+output of every module by up to a unit in the last place, which makes 0.2 to 0.3 in SmolLM2-135M in
+bf16. A backward pass that knows one of two rows is off by 1.6 there."""
 
 DRAWS = 2
 """How often rounding is measured. A token that is routed to another expert is not in every draw."""
