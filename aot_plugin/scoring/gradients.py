@@ -4,6 +4,7 @@ The scores may agree and the gradients not: kernels, and layers that save memory
 pass of their own. So it is compared on the first rows of a run, for some of the parameters.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -88,6 +89,8 @@ def relative_error(found: Sequence[Sequence[Tensor]], rows: Sequence[Sequence[Te
     Not in units of the sum: it is nearly 0 where rows want the opposite of each other (two answers
     to one question that are equally probable), and its rounding is that of the rows.
 
+    A gradient that is NaN only in ``found`` is off by infinity.
+
     Args:
         found: gradients of which the sum is to be compared, each one tensor a parameter.
         rows: the gradients of single rows.
@@ -97,7 +100,7 @@ def relative_error(found: Sequence[Sequence[Tensor]], rows: Sequence[Sequence[Te
     largest = max(sizes, default=0.0)
     return max(
         (
-            (sum(a) - sum(b)).norm().item() / size
+            (sum(a) - sum(b)).norm().nan_to_num(math.inf, math.inf).item() / size
             for a, b, size in zip(zip(*found, strict=True), of_parameters, sizes, strict=True)
             if size > SMALL * largest
         ),

@@ -1,5 +1,6 @@
 """The gradient of rows together against that of rows alone, where rounding is large."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -18,6 +19,11 @@ def test_rows_that_want_the_opposite() -> None:
     rounded = torch.tensor([0.004, 0.0])
     assert relative_error([[rounded]], [[yes], [no]]) < 0.01
     assert relative_error([[yes]], [[yes], [no]]) > 0.5
+
+
+def test_a_gradient_that_is_nan_together_only() -> None:
+    rows = [[torch.ones(2), torch.ones(2)]]
+    assert relative_error([[torch.ones(2), torch.full((2,), math.nan)]], rows) == math.inf
 
 
 @pytest.mark.parametrize(("rounding", "explained"), [(0.0, False), (0.5, False), (0.8, True)])
