@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 WITHOUT_THE_HOST = """
 import runpy, sys
@@ -16,6 +18,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_kit_runs_on_a_cpu_without_the_host(tmp_path):
     results = tmp_path / "gpu.jsonl"
     command = ["benchmarks/gpu.py", "--tiny", "--json", str(results)]
