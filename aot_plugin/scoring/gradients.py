@@ -108,6 +108,27 @@ def relative_error(found: Sequence[Sequence[Tensor]], rows: Sequence[Sequence[Te
     )
 
 
+def gradient_aside(
+    score: Tensor, parameters: Sequence[Tensor], trained: Sequence[Tensor]
+) -> tuple[Tensor | None, ...] | None:
+    """The gradient of ``score`` in ``parameters``; None where it is 0.
+
+    A layer that saves memory by running ``backward`` inside its own backward pass (reentrant
+    checkpointing, tiled layers) adds to ``.grad`` of the ``trained`` parameters what is then
+    missing here. If one does, nothing is returned at all, and ``.grad`` is as it was.
+    """
+    before = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    try:
+        gradient = torch.autograd.grad(score, parameters, allow_unused=True)
+        is_whole = all(parameter.grad is None for parameter in trained)
+    finally:
+        for parameter, grad in zip(trained, before, strict=True):
+            parameter.grad = grad
+    return gradient if is_whole else None
+
+
 def _gradients_alone(
     scorer: Scorer, batch: Batch, rows: list[int], compared: list[nn.Parameter], model: nn.Module
 ) -> list[list[Tensor]] | None:
@@ -130,17 +151,9 @@ def _gradient(
     part = {name: batch[name][rows] for name in FIELDS}
     weights = torch.ones(len(rows), device=part["input_ids"].device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = [parameter.grad for parameter in trained]
-    for parameter in trained:
-        parameter.grad = None
-    try:
-        score = (scorer.weighted_sum if len(rows) > 1 else scorer.weighted_sum_apart)(part, weights)
-        gradient = torch.autograd.grad(score, compared, allow_unused=True)
-        is_whole = all(parameter.grad is None for parameter in trained)
-    finally:
-        for parameter, grad in zip(trained, before, strict=True):
-            parameter.grad = grad
-    if not is_whole:
+    score = (scorer.weighted_sum if len(rows) > 1 else scorer.weighted_sum_apart)(part, weights)
+    gradient = gradient_aside(score, compared, trained)
+    if gradient is None:
         return None
     return [
         torch.zeros_like(p, dtype=torch.float32) if g is None else g.float()

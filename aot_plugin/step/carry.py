@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..scoring.gradients import gradient_aside
 from ..scoring.model_input import Batch
 from ..scoring.scorer import Scorer
 
@@ -93,7 +94,7 @@ class HoldGradient:
     def score(self, wrapped: bool) -> tuple[Tensor, Tensor]:
         logps, watched = self._scorer.logps_with_graph(self._batch, wrapped)
         score = (self._signs * logps).sum()
-        self._gradient = gradient_of(score, self._parameters)
+        self._gradient = gradient_aside(score, self._parameters, self._parameters)
         return logps.detach(), watched
 
     def surrogate(self, weights: Tensor, wrapped: bool) -> Tensor:
@@ -102,23 +103,6 @@ class HoldGradient:
         if gradient is None or (factors != factors[0]).any():
             return self._scorer.weighted_sum(self._batch, weights, wrapped)
         return scaled_gradient(factors[0], gradient, self._parameters)
-
-
-def gradient_of(score: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
-    """The gradient of ``score`` in ``parameters``; None where it is 0.
-
-    A layer that saves memory by running ``backward`` inside its own backward pass (reentrant
-    checkpointing, tiled layers) adds to ``.grad`` what is then missing here. If one does, nothing
-    is returned at all, and ``.grad`` is as it was.
-    """
-    before = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    gradient = torch.autograd.grad(score, parameters, allow_unused=True)
-    is_whole = all(parameter.grad is None for parameter in parameters)
-    for parameter, grad in zip(parameters, before, strict=True):
-        parameter.grad = grad
-    return gradient if is_whole else None
 
 
 def scaled_gradient(
