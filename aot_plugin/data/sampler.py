@@ -1,6 +1,7 @@
 """Batches that hold all labels in the proportion of the data."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,14 +47,20 @@ class StratifiedSampler(Sampler[int]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+    @cached_property
+    def _places(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The places of each level in the order of every epoch, [n] bool, and its rows; the highest
+        level first."""
         levels, of_level = self.labels.unique(return_inverse=True)
         rows = [(of_level == level).nonzero()[:, 0] for level in reversed(range(len(levels)))]
         turns = torch.tensor(_turns([len(part) for part in rows]))
+        return [(turns == level, part) for level, part in enumerate(rows)]
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.empty(len(self.labels), dtype=torch.int64)
-        for level, part in enumerate(rows):
-            order[turns == level] = part[torch.randperm(len(part), generator=generator)]
+        for places, part in self._places:
+            order[places] = part[torch.randperm(len(part), generator=generator)]
         for block in order.split(self.block_size):
             yield from block[torch.randperm(len(block), generator=generator)].tolist()
 
