@@ -16,7 +16,7 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 
 from .accounting import RowCounts
-from .blame import naming_the_row
+from .blame import BadRow, naming_the_row
 from .freshness import without_cache
 from .labels import Drop
 from .levels import levels
@@ -116,6 +116,8 @@ def _streamed(entry: Any, split: str, count: int, token: Any) -> Dataset | None:
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names}
         return Dataset.from_dict(columns, features=stream.features) if rows else None
+    except BadRow:
+        raise
     except Exception:
         # A slice of a split can't be streamed, nor can some formats. Whatever is wrong with the
         # rows themselves, the whole loading says so.
