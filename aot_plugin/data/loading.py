@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from axolotl.cli.args import PreprocessCliArgs, TrainerCliArgs
 from axolotl.common import datasets as common
@@ -384,8 +385,12 @@ def _warn_of_trained_prompts(trained: Dataset, held_out: Dataset, mode: str) -> 
     """
     if not (is_text(trained, mode) and is_text(held_out, mode)):
         return
-    seen = {hash(prompt) for prompt in trained["prompt"]}
-    count = sum(hash(prompt) in seen for prompt in held_out["prompt"])
+    held = held_out.select_columns("prompt").with_format("arrow")[:]["prompt"].to_pylist()
+    asked, seen = pa.array(set(held), pa.string()), set()
+    for batch in trained.select_columns("prompt").with_format("arrow").iter(batch_size=10_000):
+        prompts = batch["prompt"].cast(pa.string())
+        seen.update(prompts.filter(pc.is_in(prompts, value_set=asked)).to_pylist())
+    count = sum(prompt in seen for prompt in held)
     if count:
         LOG.warning(
             "%d of %d held-out rows have a prompt that is trained on, too, so evaluations look "
