@@ -7,13 +7,14 @@ Needs torch, transformers, peft and accelerate; `aot_plugin.ot`, `.scoring` and 
 nothing else. Prints tables, and with `--json` appends them to a file, with the card's name:
 
 1. *Kernels*: attention on shared prompts in bf16, forward and backward, against dense float32.
-2. *Layouts*: log-probabilities and gradients of a small model in bf16, in the layout that each
-   attention backend gets and in padded rows, against float32 padded rows. A layout may be as wrong
-   as padded rows are, by rounding; one changed token of the prompt shows what a fault looks like.
-3. *Steps*: time and memory of an optimizer step of a random model of 1B parameters (bf16, LoRA,
-   checkpointing, UltraFeedback's lengths) against a plain DPO step: padded rows, one forward pass
-   of the reference, one of the policy with its backward pass.
-4. *Out of memory*: a step under a limit that it can't keep.
+2. *Layouts*: log-probabilities and gradients of small models in bf16 (one with full attention, one
+   with a sliding window), in the layouts that each attention backend can have and in padded rows,
+   against float32 padded rows. A layout may be as wrong as padded rows are, by rounding; one
+   changed token of the prompt shows what a fault looks like.
+3. *Out of memory*: a step of a random model of 1B parameters under a limit that it can't keep.
+4. *Steps*: time and memory of an optimizer step of that model, and of one of 7B parameters (bf16,
+   LoRA, checkpointing, UltraFeedback's lengths) against a plain DPO step: padded rows, one forward
+   pass of the reference, one of the policy with its backward pass.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from _kernels import KERNELS, errors
 from _passes import fewest_tokens
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from aot_plugin.ot.losses import LOSSES, LossOptions, PairedLogps
 from aot_plugin.ot.penalties import PENALTIES
@@ -54,6 +55,8 @@ from aot_plugin.step.engine import MicroBatch, Objective, StepEngine
 from aot_plugin.step.record import watched_steps
 
 BACKENDS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+FUSED = BACKENDS[1:]
+PARTS = ("kernels", "layouts", "out_of_memory", "steps")
 BETA = 0.1
 PAD = 0
 OFF = "switched off"
@@ -73,61 +76,79 @@ class Sizes:
     """Of models and rows.
 
     Attributes:
-        small: config of the model whose exactness is measured.
-        large: config of the model whose steps are measured.
-        rank: of its adapter.
+        small: configs of the models whose exactness is measured.
+        steps: of the models whose steps are measured, the first of which also runs out of memory.
+        rank: of their adapters.
         scale, longest: of UltraFeedback's lengths.
-        steps: pairs per micro-batch x micro-batches.
         turns: steps of which the median is taken.
     """
 
-    small: dict[str, int]
-    large: dict[str, int]
+    small: dict[str, PreTrainedConfig]
+    steps: tuple["Steps", ...]
     rank: int
     scale: float
     longest: int
-    steps: tuple[tuple[int, int], ...]
     turns: int
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Of a model: its name and config, attention, and pairs per micro-batch x micro-batches."""
+
+    model: str
+    config: PreTrainedConfig
+    backends: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+
+
+def llama(vocabulary: int, hidden: int, wide: int, layers: int, heads: int, key_heads: int) -> Any:
+    return LlamaConfig(**shape(vocabulary, hidden, wide, layers, heads, key_heads))
+
+
+def windowed(window: int, *sizes: int) -> Any:
+    return MistralConfig(**shape(*sizes), sliding_window=window)
+
+
+def shape(
+    vocabulary: int, hidden: int, wide: int, layers: int, heads: int, key_heads: int
+) -> dict[str, int]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": wide,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "max_position_embeddings": 4096,
+    }
+
+
+SMALL = (32000, 512, 1408, 4, 8, 2)
 FULL = Sizes(
-    small={
-        "vocab_size": 32000,
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-    },
-    large={
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
+    small={"full": llama(*SMALL), "window of 256": windowed(256, *SMALL)},
+    steps=(
+        Steps("1B", llama(32000, 2048, 8192, 16, 32, 8), FUSED, ((1, 16), (4, 4), (4, 16))),
+        Steps("7B", llama(32000, 4096, 14336, 32, 32, 8), ("sdpa",), ((1, 8), (2, 4), (4, 2))),
+    ),
     rank=16,
     scale=1.0,
     longest=2048,
-    steps=((1, 16), (4, 4), (4, 16)),
-    turns=5,
+    turns=3,
 )
-TINY_MODEL = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
+SMALLEST = (128, 32, 64, 2, 2, 1)
 TINY = Sizes(
-    TINY_MODEL, TINY_MODEL, rank=1, scale=0.1, longest=128, steps=((1, 2), (2, 2)), turns=1
+    small={"full": llama(*SMALLEST), "window of 16": windowed(16, *SMALLEST)},
+    steps=(Steps("tiny", llama(*SMALLEST), FUSED, ((1, 2), (2, 2))),),
+    rank=1,
+    scale=0.1,
+    longest=128,
+    turns=1,
 )
 
 
 class Kit:
-    """Runs the parts and keeps what they find, in ``found``: rows of a table per part."""
+    """Runs the parts and keeps what they find, in ``found``: rows of a table per part. Each row is
+    printed at once, since a lent machine may go before the table is complete."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.sizes, self.device = sizes, device
@@ -136,6 +157,7 @@ class Kit:
 
     def keep(self, part: str, **row: Any) -> None:
         self.found.setdefault(part, []).append(row)
+        print(part, json.dumps(row), flush=True)
 
     def attempt(self, part: str, name: str, run: Callable[[], None]) -> None:
         """A backend that is missing here, or fails, leaves the others their turn."""
@@ -165,24 +187,28 @@ class Kit:
 
     def layouts(self) -> None:
         for backend in BACKENDS:
-            self.attempt("layouts", backend, partial(self.layouts_of, backend))
+            for attention in self.sizes.small:
+                name = f"{backend}, {attention}"
+                self.attempt("layouts", name, partial(self.layouts_of, backend, attention))
 
-    def layouts_of(self, backend: str) -> None:
+    def layouts_of(self, backend: str, attention: str) -> None:
         """Each layout that a backend can have, without and with checkpointing."""
         self.refuse_on_a_cpu(backend)
-        model = random_llama(self.sizes.small, backend).to(self.device, torch.bfloat16).train()
+        config = self.sizes.small[attention]
+        model = random_model(config, backend, self.device, torch.bfloat16).train()
+        exact = random_model(config, "eager", self.device, torch.float32)
+        exact.load_state_dict(model.state_dict())
         for checkpointing in (False, True):
             if checkpointing:
                 checkpoint(model)
             possible, _ = possible_layouts(model, self.sizes.longest, self.device, checkpointing)
             for layout in (Padded(), *possible):
-                found = self.exactness(model, layout)
-                self.keep("layouts", name=backend, checkpointing=checkpointing, **found)
+                found = self.exactness(model, exact, layout)
+                about = {"name": backend, "attention": attention, "checkpointing": checkpointing}
+                self.keep("layouts", **about, **found)
 
-    def exactness(self, model: Any, layout: Layout) -> dict[str, Any]:
-        """Errors of a layout against float32 padded rows."""
-        exact = random_llama(self.sizes.small, "eager").to(self.device)
-        exact.load_state_dict(model.state_dict())
+    def exactness(self, model: Any, exact: Any, layout: Layout) -> dict[str, Any]:
+        """Errors of a layout against the same weights in float32 on padded rows."""
         pairs = random_pairs(4, self.sizes)
         rows = collate(pairs, range(len(pairs)), self.device)
         weights = torch.linspace(-1, 1, len(pairs), device=self.device)
@@ -222,21 +248,22 @@ class Kit:
             raise NotImplementedError("needs CUDA, at least in its backward pass")
 
     def steps(self) -> None:
-        for backend in BACKENDS:
-            if backend != "eager":
-                self.attempt("steps", backend, lambda backend=backend: self.steps_with(backend))
+        for steps in self.sizes.steps:
+            for backend in steps.backends:
+                name = f"{steps.model}, {backend}"
+                self.attempt("steps", name, partial(self.steps_with, steps, backend))
 
-    def steps_with(self, backend: str) -> None:
+    def steps_with(self, steps: Steps, backend: str) -> None:
         self.refuse_on_a_cpu(backend)
-        model = self.adapted(backend)
-        for micro, accumulation in self.sizes.steps:
-            self.compare(model, backend, micro, accumulation)
+        model = self.adapted(steps.config, backend)
+        for micro, accumulation in steps.shapes:
+            self.compare(model, f"{steps.model}, {backend}", micro, accumulation)
 
-    def compare(self, model: Any, backend: str, micro: int, accumulation: int) -> None:
+    def compare(self, model: Any, name: str, micro: int, accumulation: int) -> None:
         """Steps of one shape: the plain one, and ours with and without kept graphs or gradients."""
         batches = self.batches(micro, accumulation)
         limit = 2 * fewest_tokens(batch.inputs for batch in batches)
-        shape = {"name": backend, "micro": micro, "accumulation": accumulation}
+        shape = {"name": name, "micro": micro, "accumulation": accumulation}
         plain, _ = self.measured(model, lambda: plain_step(model, batches))
         tokens = 2 * sum(batch.inputs["input_ids"].numel() for batch in batches)
         self.keep(
@@ -278,9 +305,10 @@ class Kit:
         starts = range(0, len(pairs), 2 * micro)
         return [micro_batch(pairs, range(i, i + 2 * micro), self.device) for i in starts]
 
-    def adapted(self, backend: str) -> Any:
-        """The large model with an adapter that does something, as after some steps."""
-        model = random_llama(self.sizes.large, backend).to(self.device, torch.bfloat16)
+    def adapted(self, config: PreTrainedConfig, backend: str) -> Any:
+        """A model with an adapter that does something, as after some steps."""
+        free_memory()
+        model = random_model(config, backend, self.device, torch.bfloat16)
         adapter = LoraConfig(r=self.sizes.rank, lora_alpha=32, target_modules="all-linear")
         model = get_peft_model(model, adapter).train()
         torch.manual_seed(0)
@@ -314,7 +342,7 @@ class Kit:
         if not self.cuda:
             self.keep("out_of_memory", name="all", skipped="needs CUDA")
             return
-        model = self.adapted("sdpa")
+        model = self.adapted(self.sizes.steps[0].config, "sdpa")
         batches = self.batches(4, 4)
         engine = make_engine(model, self.sizes.longest, CARRIES["kept graphs"])
         step = partial(our_step, engine, model, batches)
@@ -345,11 +373,15 @@ class Kit:
             self.keep("out_of_memory", **row)
 
 
-def random_llama(config: dict[str, int], backend: str) -> Any:
+def random_model(
+    config: PreTrainedConfig, backend: str, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """Made on the device: drawing 7B weights on a CPU takes minutes."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
-        LlamaConfig(**config, max_position_embeddings=4096), attn_implementation=backend
-    )
+    with device:
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=backend, dtype=dtype
+        ).to(device)
 
 
 def checkpoint(model: Any) -> None:
@@ -362,7 +394,7 @@ def random_pairs(n: int, sizes: Sizes) -> Sequences:
     ids: list[Tensor] = []
     completion: list[Tensor] = []
     for prompt, *responses in ultrafeedback_lengths(n, sizes.scale, sizes.longest):
-        vocabulary = sizes.small["vocab_size"]
+        vocabulary = sizes.steps[0].config.vocab_size
         start = torch.randint(1, vocabulary, (prompt,), generator=generator)
         for length in responses:
             own = torch.randint(1, vocabulary, (length,), generator=generator)
@@ -491,7 +523,8 @@ def distance(found: Tensor, exact: Tensor) -> float:
 
 def free_memory() -> None:
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -511,6 +544,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, on the CPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="all by default")
     parser.add_argument("--json", type=Path, help="append what is found to this file")
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available():
@@ -525,13 +559,12 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     print(json.dumps(header))
-    for part in (kit.kernels, kit.layouts, kit.steps, kit.out_of_memory):
-        name = part.__name__
-        kit.attempt(name, name, part)
-        print(f"\n## {name}\n\n{table(kit.found[name])}", flush=True)
-    if args.json:
-        with args.json.open("a") as file:
-            file.write(json.dumps({**header, **kit.found}) + "\n")
+    for name in args.parts:
+        kit.attempt(name, name, getattr(kit, name))
+        print(f"\n## {name}\n\n{table(kit.found[name])}\n", flush=True)
+        if args.json:
+            with args.json.open("a") as file:
+                file.write(json.dumps({**header, name: kit.found[name]}) + "\n")
     wrong = [row for rows in kit.found.values() for row in rows if row.get("ok") is False]
     if wrong:
         raise SystemExit(f"more wrong than rounding: {wrong}")

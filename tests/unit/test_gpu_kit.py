@@ -31,12 +31,14 @@ def test_the_kit_runs_on_a_cpu_without_the_host(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    (line,) = results.read_text().splitlines()
-    found = json.loads(line)
-    assert found["card"] == "none"
+    parts = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [part["card"] for part in parts] == ["none"] * 4
+    found = {name: rows for part in parts for name, rows in part.items()}
 
     layouts = [row for row in found["layouts"] if row["name"] == "sdpa"]
-    assert [row["layout"] for row in layouts] == ["padded", "shared"] * 2
+    # Shared prompts need full attention; packed rows with a window need a kernel that CPUs lack.
+    full, windowed = ["padded", "shared"] * 2, ["padded"] * 2
+    assert [row["layout"] for row in layouts] == full + windowed
     assert all(row["ok"] for row in layouts)
     # A fault would be seen.
     assert all(row["gradient_fault"] > 10 * row["gradient_error"] for row in layouts)
