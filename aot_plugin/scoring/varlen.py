@@ -14,6 +14,7 @@ dropout reach a flash-attention kernel as the model gives them. Calls without th
 as they are.
 """
 
+from functools import cache
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -169,7 +170,13 @@ class SegmentedSDPA(SegmentedAttention):
         device, dtype = query.device.type, query.dtype
         if torch.is_autocast_enabled(device):  # which knows SDPA, but not this kernel
             dtype = torch.get_autocast_dtype(device)
-        output = torch_varlen().varlen_attn(
+        kernel, group = torch_varlen().varlen_attn, query.shape[1] // key.shape[1]
+        grouped = {}
+        if group > 1 and _has(kernel, "enable_gqa"):
+            grouped = {"enable_gqa": True}
+        elif group > 1:
+            key, value = (values.repeat_interleave(group, dim=1) for values in (key, value))
+        output = kernel(
             *(values[0].transpose(0, 1).to(dtype) for values in (query, key, value)),
             found.queries,
             found.keys,
@@ -177,7 +184,7 @@ class SegmentedSDPA(SegmentedAttention):
             found.longest_keys,
             scale=scaling,
             window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
+            **grouped,
         )
         return output[None], None
 
@@ -187,14 +194,18 @@ class SegmentedSDPA(SegmentedAttention):
 
 
 def torch_varlen() -> Any:
-    """PyTorch's module of attention for variable lengths; None if it has none, or a first one
-    without windows."""
+    """PyTorch's module of attention for variable lengths; None if it has none, or a first
+    one without windows."""
     try:
         from torch.nn.attention import varlen
     except ImportError:
         return None
-    needed = {"scale", "window_size", "enable_gqa"}
-    return varlen if needed <= signature(varlen.varlen_attn).parameters.keys() else None
+    return varlen if _has(varlen.varlen_attn, "scale", "window_size") else None
+
+
+@cache
+def _has(kernel: Any, *parameters: str) -> bool:
+    return set(parameters) <= signature(kernel).parameters.keys()
 
 
 def _kind(name: str, device: torch.device) -> type[SegmentedAttention] | None:

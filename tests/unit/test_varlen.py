@@ -237,16 +237,21 @@ def test_a_function_of_somebody_else_is_left_alone(
     assert AttentionInterface()[NAME] is ring_attention
 
 
-@pytest.fixture
-def torch_kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """PyTorch's kernel for variable lengths, which needs CUDA, by the stand-in's arithmetic."""
-    kernel = torch_varlen.varlen_attn
+@pytest.fixture(params=["grouped keys", "a key per query"])
+def torch_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """PyTorch's kernel for variable lengths, which needs CUDA, by the stand-in's arithmetic; as it
+    is, and as in PyTorch 2.11, which knows no grouped keys."""
+    kernel = signature(torch_varlen.varlen_attn)
+    if request.param == "a key per query":
+        parameters = [p for name, p in kernel.parameters.items() if name != "enable_gqa"]
+        kernel = kernel.replace(parameters=parameters)
     calls: list[dict[str, Any]] = []
 
     def varlen_attn(*args: Any, **kwargs: Any) -> Tensor:
-        given = signature(kernel).bind(*args, **kwargs).arguments
+        given = kernel.bind(*args, **kwargs).arguments
         calls.append(given)
-        assert given["enable_gqa"] is (given["query"].shape[1] != given["key"].shape[1])
+        grouped = given["query"].shape[1] != given["key"].shape[1]
+        assert given.get("enable_gqa", False) is grouped
         return attention(
             *(given[name] for name in ("query", "key", "value", "cu_seq_q", "cu_seq_k")),
             *(given[name] for name in ("max_q", "max_k")),
@@ -259,7 +264,7 @@ def torch_kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
             s_aux=None,
         )
 
-    varlen_attn.__signature__ = signature(kernel)  # type: ignore[attr-defined]
+    varlen_attn.__signature__ = kernel  # type: ignore[attr-defined]
     monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn)
     yield calls
     varlen.remove("sdpa")
