@@ -59,6 +59,7 @@ def sample_tokens(
     per_prompt: int,
     seed: int,
     title: str,
+    prompts_per_batch: int = PROMPTS_PER_BATCH,
 ) -> Iterator[tuple[torch.Tensor, int]]:
     """Sample ``per_prompt`` responses of each prompt from the model's own distribution.
 
@@ -73,9 +74,9 @@ def sample_tokens(
     ]
     torch.manual_seed(seed)
     with tqdm(total=len(prompts) * per_prompt, desc=title, unit="response") as bar:
-        for start in range(0, len(chats), PROMPTS_PER_BATCH):
+        for start in range(0, len(chats), prompts_per_batch):
             batch = tokenizer(
-                chats[start : start + PROMPTS_PER_BATCH],
+                chats[start : start + prompts_per_batch],
                 return_tensors="pt",
                 padding=True,
                 add_special_tokens=False,
@@ -100,10 +101,13 @@ def sample_responses(
     per_prompt: int,
     seed: int,
     title: str,
+    prompts_per_batch: int = PROMPTS_PER_BATCH,
 ) -> list[list[str]]:
     """The texts of ``sample_tokens``, cut to whole sentences: one list per prompt."""
     responses: list[str] = []
-    for ids, start in sample_tokens(model, tokenizer, prompts, per_prompt, seed, title):
+    for ids, start in sample_tokens(
+        model, tokenizer, prompts, per_prompt, seed, title, prompts_per_batch
+    ):
         texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         responses += map(whole_sentences, texts)
     return [responses[i : i + per_prompt] for i in range(0, len(responses), per_prompt)]
