@@ -321,6 +321,10 @@ def carry_out(run: Run, options: Options, prepared: Path) -> dict[str, Any]:
             logged = train(alone(run.config, options), output, prepared)
             free_memory()
             found = training_summary(logged)
+        if "theorem" in run.sweeps:
+            from theorem import measure as violations
+
+            found |= violations(output, run.config)
         trained = time.perf_counter()
         found |= measure(output, what, options)
     finally:
