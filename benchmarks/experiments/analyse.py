@@ -10,11 +10,12 @@ Per sweep it prints:
    number of steps) are a curve; a distribution on it is the mixture of those of the two runs
    nearest in divergence, so that its mean is interpolated linearly. It says which seeds have no run
    on one of the two sides.
-3. At each of these divergences, arms of the same context two by two, and against the model before
-   training: differences of quantiles (first less second), the violation ratio of "the first
-   dominates the second" (0: it does, 1: the second dominates the first) with its upper 95 per cent
-   limit, and the p-values of the hypotheses that the first dominates the second, and the reverse.
-   A small p-value is evidence against dominance; a large one is no proof of it.
+3. At each of these divergences, arms of the same context (beta, responses per step, steps, data)
+   two by two, and each against the model before training: differences of quantiles (first less
+   second), the violation ratio of "the first dominates the second" (0: it does, 1: the second
+   dominates the first) with its upper 95 per cent limit, and the p-values of the hypotheses that
+   the first dominates the second, and the reverse. A small p-value is evidence against dominance;
+   a large one is no proof of it.
 
 Intervals and tests of 3. resample prompts (the same for both arms) and seeds (of each arm), since
 responses to one prompt and responses of one run depend on each other. Quantiles and ratios are
@@ -266,14 +267,21 @@ def compare(first: list[Distribution], second: list[Distribution], n: int) -> li
 
 
 def comparisons(
-    arms: list[Arm], found: dict[str, list[Distribution]], base: dict[str, Any] | None, n: int
+    arms: list[Arm],
+    found: dict[str, list[Distribution]],
+    base: dict[str, Any] | None,
+    args: argparse.Namespace,
 ) -> str:
     present = [arm for arm in arms if arm.label in found]
-    pairs = [(a.label, b.label) for a, b in combinations(present, 2) if a.context == b.context]
+    pairs = [
+        (a.label, b.label)
+        for a, b in combinations(present, 2)
+        if args.all_pairs or a.context == b.context
+    ]
     if base is not None:
         found = found | {BASE: [whole(base)]}
         pairs += [(arm.label, BASE) for arm in present]
-    lines = [[f"{a} - {b}", *compare(found[a], found[b], n)] for a, b in pairs]
+    lines = [[f"{a} - {b}", *compare(found[a], found[b], args.resamples)] for a, b in pairs]
     names = ["mean", *(f"{percent} %" for percent in PERCENTS)]
     head = ["first - second", *names, "violation ratio", "p: first dominates", "p: second does"]
     return table(head, lines)
@@ -319,9 +327,13 @@ def common_divergences(arms: list[Arm]) -> list[float]:
 
 
 def analyse(sweep: str, args: argparse.Namespace, say: Callable[[str], None]) -> None:
-    rows = [row for row in read(args.results / f"{sweep}.jsonl") if "scores" in row]
+    rows: list[dict[str, Any]] = []
+    for name in sweep.split("+"):
+        known = [row["changes"] for row in rows]
+        lines = read(args.results / f"{name}.jsonl")
+        rows += [row for row in lines if "scores" in row and row["changes"] not in known]
     base = next((row for row in rows if row["changes"] == {"rl": "none"}), None)
-    axis = AXES.get(sweep, "learning_rate")
+    axis = AXES.get(sweep.split("+")[0], "learning_rate")
     arms = [arm for arm in arms_of(rows, axis) if arm.curves]
     say(f"\n## {sweep}\n\n{settings_table(arms, base, axis)}")
     curves = [
@@ -334,7 +346,7 @@ def analyse(sweep: str, args: argparse.Namespace, say: Callable[[str], None]) ->
         say(f"\n### {sweep} at {kl:g} nats\n\n{text}")
         if not found:
             continue
-        say(f"\n{comparisons(curves, found, base, args.resamples)}")
+        say(f"\n{comparisons(curves, found, base, args)}")
         if args.figures:
             name = f"quantiles_{sweep}_{kl:g}.png"
             draw(curves, found, base, f"{sweep} at {kl:g} nats", args.figures / name)
@@ -342,10 +354,11 @@ def analyse(sweep: str, args: argparse.Namespace, say: Callable[[str], None]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweeps", nargs="+")
+    parser.add_argument("sweeps", nargs="+", help="`a+b` puts the runs of two together")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--kl", type=float, nargs="+", help="divergences; default: three in range")
     parser.add_argument("--resamples", type=int, default=500)
+    parser.add_argument("--all-pairs", action="store_true", help="compare arms of all contexts")
     parser.add_argument("--figures", type=Path, help="folder of the figures; none if left out")
     args = parser.parse_args()
     for sweep in args.sweeps:

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import hashlib
 import json
 import multiprocessing
 import os
@@ -60,6 +61,7 @@ RESULTS = HERE / "results"
 SAMPLING_SEED = 7
 SWEEPS = sorted(file.stem for file in HERE.glob("*.yml") if file.stem != "base")
 USUAL_DATA = {"paired_train", "unpaired_train", "kto_rows"}
+LONGEST_NAME = 200  # file systems allow 255 bytes, endings included
 RESPONSES_AT_ONCE = 1024
 """On a GPU: 2 GB of keys and values of SmolLM2-135M. A CPU gains nothing from so many."""
 ROWS_AT_ONCE = 32
@@ -78,7 +80,10 @@ class Run:
     @property
     def name(self) -> str:
         changes = (f"{key}={value}" for key, value in sorted(self.changes.items()))
-        return "-".join([self.sweeps[0], *changes]).replace("/", "_")
+        name = "-".join([self.sweeps[0], *changes]).replace("/", "_")
+        if len(name) <= LONGEST_NAME:
+            return name
+        return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -307,6 +312,8 @@ def discard(output: Path) -> None:
             shutil.rmtree(file)
         elif file.is_file():
             file.unlink()
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
 
 
 def carry_out(run: Run, options: Options, prepared: Path) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""The scripts of docs/experiments.md: which runs are trained, and what is said of them."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vaderSentiment", reason="the experiments' true score")
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
+    monkeypatch.syspath_prepend("benchmarks/experiments")
+    import analyse
+    import run
+
+    return run, analyse
+
+
+def test_runs_come_seed_by_seed_and_equal_ones_once(scripts: Any, tmp_path: Path) -> None:
+    run, _ = scripts
+    runs = run.plan(["kto", "matched"], tmp_path)
+    seeds = [planned.config["seed"] for planned in runs if planned.config]
+    assert all(a <= b for a, b in pairwise(seeds))
+    assert runs[0].config is None and runs[0].sweeps == ("kto", "matched")
+    changes = [json.dumps(planned.changes, sort_keys=True) for planned in runs]
+    assert len(set(changes)) == len(changes)
+    assert any(planned.sweeps == ("kto", "matched") for planned in runs[1:])
+
+    lines = [json.dumps({"changes": planned.changes}) for planned in runs]
+    (tmp_path / "kto.jsonl").write_text("\n".join(lines))
+    left = run.plan(["kto", "matched"], tmp_path)
+    assert {planned.sweeps for planned in left} == {("matched",)}
+
+
+def test_other_data_is_another_run(scripts: Any) -> None:
+    run, _ = scripts
+    base = {"rl": "aot", "seed": 1}
+    other = {**base, "seed": 2, "datasets": [{"path": "outputs/experiments/data/share_0.2.jsonl"}]}
+    assert run.changes_of(other, base) == {"seed": 2, "data": "share_0.2"}
+
+
+def line(kl: float, mean: float, random: np.random.Generator) -> dict[str, Any]:
+    return {"kl": kl, "scores": random.normal(mean, 0.3, (8, 4)).tolist()}
+
+
+def test_mean_is_interpolated_linearly_between_two_runs(scripts: Any) -> None:
+    _, analyse = scripts
+    random = np.random.default_rng(0)
+    low, high = line(1.0, 0.2, random), line(5.0, 0.6, random)
+    found = analyse.at_divergence([low, high], 2.0)
+    expected = 0.75 * np.mean(low["scores"]) + 0.25 * np.mean(high["scores"])
+    assert analyse.statistics([found])[0] == pytest.approx(expected)
+    at_end = analyse.at_divergence([low, high], 5.0)
+    assert np.allclose(
+        analyse.statistics([at_end])[1:],
+        np.quantile(high["scores"], [0.05, 0.25, 0.5], method="inverted_cdf"),
+    )
+    assert analyse.at_divergence([low, high], 5.1) is None
+    assert analyse.at_divergence([low, high], 0.9) is None
+
+
+def test_a_shifted_sample_dominates_and_is_not_dominated(scripts: Any) -> None:
+    _, analyse = scripts
+    random = np.random.default_rng(1)
+    lower = [analyse.whole(line(1.0, 0.0, random)) for _ in range(3)]
+    higher = [d._replace(scores=d.scores + 0.5) for d in lower]
+    *gaps, ratio, first, second = analyse.compare(higher, lower, 100)
+    assert all(gap.startswith("+0.500") for gap in gaps)
+    assert ratio.startswith("0.00")
+    assert float(first) == 1.0 and float(second) < 0.05
+
+
+def test_micro_batch_size_tells_arms_apart_only_where_sorting_depends_on_it(scripts: Any) -> None:
+    _, analyse = scripts
+    rows = [
+        {"changes": {"aot_batch": how, "micro_batch_size": size, "seed": seed}, "kl": 1.0}
+        for how, size in (("micro_batch", 2), ("micro_batch", 4), ("step", 2))
+        for seed in (1, 2)
+    ]
+    for row in rows:
+        row["changes"]["gradient_accumulation_steps"] = 8 // row["changes"]["micro_batch_size"]
+    found = analyse.arms_of(rows, "learning_rate")
+    assert [arm.label.split("over ")[1] for arm in found] == [
+        "micro-batches of 2",
+        "micro-batches of 4",
+        "the step",
+    ]
+    assert len({arm.context for arm in found}) == 1
