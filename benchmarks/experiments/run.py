@@ -323,6 +323,8 @@ def carry_out(run: Run, options: Options, prepared: Path) -> dict[str, Any]:
         return {"changes": run.changes, **measure(None, what, options)}
     begin, output = time.perf_counter(), OUTPUTS / run.name
     found: dict[str, Any] = {}
+    if not options.keep:
+        discard(output)  # left by a process that was killed, perhaps half written
     try:
         if not (output / "adapter_model.safetensors").exists():
             logged = train(alone(run.config, options), output, prepared)
