@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy import integrate, stats
 
-from aot_plugin.ot.penalties import BUILTIN
+from aot_plugin.ot.penalties import PENALTIES
 from aot_plugin.ot.transport import transport_value
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +33,7 @@ def error(law: str, penalty: str, n: int, m: int, seed: int) -> tuple[float, flo
     u_law, v_law = LAWS[law]
 
     def h(z: torch.Tensor) -> torch.Tensor:
-        return BUILTIN[penalty](z, BETAS[penalty])
+        return PENALTIES[penalty](z, BETAS[penalty])
 
     def integrand(t: float) -> float:
         return h(torch.tensor(u_law.ppf(t) - v_law.ppf(t), dtype=torch.float64)).item()
