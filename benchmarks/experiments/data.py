@@ -34,7 +34,7 @@ SEED = 19
 PER_PROMPT = 12
 PER_BATCH = 2048
 
-# Sweep `labels`: equal numbers of rows, as many as every share allows (429 true, 607 false).
+# Sweeps `shares` and `flips`: equal numbers of rows, as many as every share allows (429 true, 607 false).
 ROWS = 600
 SHARES = (0.5, 0.2, 0.05)
 FLIPS = (0.1, 0.3)
@@ -183,9 +183,9 @@ def theorem(rows: list[Row]) -> dict[str, list[Row]]:
     heldout, rest = rows[:THEOREM_HELD_OUT], rows[THEOREM_HELD_OUT:]
     found = {"theorem_heldout": heldout}
     for size in SIZES:
-        for seed in SEEDS:
+        for seed in SEEDS if size <= len(rest) else ():
             rng = random.Random(f"{SEED} {size} {seed}")
-            found[f"theorem_{size}_{seed}"] = rng.sample(rest, min(size, len(rest)))
+            found[f"theorem_{size}_{seed}"] = rng.sample(rest, size)
     return found
 
 
