@@ -34,7 +34,7 @@ SEED = 19
 PER_PROMPT = 12
 PER_BATCH = 2048
 
-# Sweeps `shares` and `flips`: equal numbers of rows, as many as every share allows (429 true, 607 false).
+# Sweeps `shares` and `flips`: as many rows as every share allows (of 429 true and 607 false).
 ROWS = 600
 SHARES = (0.5, 0.2, 0.05)
 FLIPS = (0.1, 0.3)
