@@ -7,6 +7,7 @@ keyword arguments of the model's forward pass.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 PROMPT = 0
 """Branch of a prompt; completions count from 1."""
+
+VARIANTS = 64
+"""How often PyTorch may compile ``flex_attention``."""
 
 PADDING = -1
 """Document of padding, which sees padding: the softmax over no key at all is NaN."""
@@ -53,9 +57,10 @@ def additive_mask(dtype: torch.dtype) -> Form:
 
 
 def block_mask(places: Places) -> dict[str, Any]:
-    """For ``flex_attention``, which skips the blocks that no query sees."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """For ``flex_attention``, which skips the blocks that no query sees.
 
+    It is made with autocast and gradients off, since each of their states would be compiled apart.
+    """
     document, branch = places
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -63,11 +68,27 @@ def block_mask(places: Places) -> dict[str, Any]:
         own = (branch[row, query] == branch[row, key]) | (branch[row, key] == PROMPT)
         return (query >= key) & same & own
 
-    rows, width = document.shape
+    (rows, width), device = document.shape, document.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        mask = _create_block_mask(device.type)(sees, rows, None, width, width, device=device)
+    return {"attention_mask": mask}
+
+
+@cache
+def _create_block_mask(device: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import create_block_mask
+
     # Compiled, it does not hold a mask of width x width.
-    compiled = document.device.type == "cuda"
-    return {
-        "attention_mask": create_block_mask(
-            sees, rows, None, width, width, device=document.device, _compile=compiled
-        )
-    }
+    return torch.compile(create_block_mask) if device == "cuda" else create_block_mask
+
+
+def permit_variants() -> None:
+    """Lets PyTorch compile ``flex_attention`` as often as a run needs.
+
+    It is compiled for each state of gradients and autocast, each kind of mask, and first for one
+    width and then for any. After 8 times PyTorch computes all scores of a row without its kernel,
+    which takes the square of the width in memory, and says so in a warning only (seen on an H200).
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from . import varlen
 from .cost import Cost
 from .layout import PADDED, Layout, Packed, Shared
-from .masks import additive_mask, block_mask, boolean_mask
+from .masks import additive_mask, block_mask, boolean_mask, permit_variants
 from .probe import MEDIAN, coarsest_dtype, probe
 
 
@@ -58,6 +58,8 @@ def settle_layout(
     if regrouped:
         refuse_rope_of_the_longest_row(unwrapped.config.get_text_config(), longest)
     backend = unwrapped.config._attn_implementation
+    if backend == "flex_attention":
+        permit_variants()
     layouts, why_not = (
         ([], "rows with images are scored as they come")
         if images

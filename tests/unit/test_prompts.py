@@ -1,17 +1,22 @@
 """A prompt encoded once for its completions: the numbers are those of separate rows."""
 
+from itertools import product
+
 import pytest
 import torch
 from harness import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo import config as dynamo
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
+from transformers.integrations.flex_attention import WrappedFlexAttention
 
 from aot_plugin.scoring.cost import Cost
-from aot_plugin.scoring.layout import PADDED, Packed, Shared
+from aot_plugin.scoring.layout import PADDED, Packed, Padded, Shared
 from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
-from aot_plugin.scoring.masks import additive_mask, block_mask, boolean_mask
+from aot_plugin.scoring.masks import additive_mask, block_mask, boolean_mask, permit_variants
 from aot_plugin.scoring.model_input import padded_rows
 from aot_plugin.scoring.settle import possible_layouts
 from aot_plugin.scoring.shared_prompts import (
@@ -285,6 +290,38 @@ def test_eager_attention_takes_a_mask_of_numbers(batch, word_tokenizer):
         wrong = sequence_logps(model, head, Packed(boolean_mask).arrange(batch))
     if len(batch["input_ids"]) > 1 and batch["completion_mask"].sum() > 10:
         assert (wrong - apart).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_flex_attention_is_compiled_for_every_state_of_a_run(word_tokenizer, monkeypatch):
+    """More often than PyTorch permits by itself, after which it computes all scores of a row.
+
+    By PyTorch's own guards; what is compiled runs uncompiled, for speed.
+    """
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile_(f, backend="eager"))
+    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
+    model = random_model(word_tokenizer, hidden_size=64, max_position_embeddings=1024).eval()
+    model.requires_grad_(False)  # there is no backward pass on a CPU
+    model.config._attn_implementation = "flex_attention"
+
+    def run() -> None:
+        for autocast, gradients, training, length in product(*[(False, True)] * 3, (20, 300, 400)):
+            batch = batch_of([([6, 7], [8] * length), ([6, 7], [9, 10])])
+            with torch.autocast("cpu", enabled=autocast), torch.set_grad_enabled(gradients):
+                model.train(training)
+                for layout in (Packed(block_mask), Padded()):
+                    sequence_logps(model, model.get_output_embeddings(), layout.arrange(batch))
+
+    torch._dynamo.reset()
+    try:
+        with dynamo.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+            with pytest.raises(FailOnRecompileLimitHit):
+                run()
+            permit_variants()
+            run()
+    finally:
+        torch._dynamo.reset()
 
 
 @pytest.mark.slow  # it is compiled
