@@ -14,6 +14,7 @@ from axolotl.core.trainers import AxolotlDPOTrainer, AxolotlKTOTrainer
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
+from transformers.trainer_utils import get_last_checkpoint
 
 from .data import LEVEL, WEIGHT, is_text, prepare_tokens, rows_cut
 from .host.adapters import policy_to_start_from, refuse_another_start, save_adapter_only
@@ -88,9 +89,14 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowColumnsMixin, ModelCardMix
             loss = with_sft(loss)
         return Objective(loss, options, self._step_class, self.args.aot_batch == "step")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        refuse_another_start(Path(resume_from_checkpoint), self.args)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The host's training, after a check that a resumed run keeps its reference."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            self._resumed_from = Path(resume_from_checkpoint)
+            refuse_another_start(self._resumed_from, self.args)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str

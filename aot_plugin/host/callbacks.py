@@ -1,7 +1,9 @@
 """Callbacks of the trainer: a short console line per log, a warning, and two of the host."""
 
+import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from axolotl.utils.callbacks import LossWatchDogCallback
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 from ..report.scores import UNITS
+from .checks import SAVED_REFERENCE
 
 LOG = get_logger("axolotl.aot_plugin.host.callbacks")
 
@@ -24,7 +27,8 @@ def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
     """The callbacks of a run; the host adds its two only in supervised fine-tuning."""
     rows = "pairs" if cfg["aot_mode"] == "paired" else "rows"
     found: list[TrainerCallback] = [
-        StepLine(rows, trainer.accelerator.num_processes, UNITS[cfg["aot_score"]])
+        StepLine(rows, trainer.accelerator.num_processes, UNITS[cfg["aot_score"]]),
+        SavedReference(trainer),
     ]
     if trainer.eval_dataset is not None:
         found.append(UnusedEvaluationRows())
@@ -33,6 +37,24 @@ def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
     if cfg.loss_watchdog_threshold is not None:
         found.append(LossWatchDogCallback(cfg))
     return found
+
+
+class SavedReference(TrainerCallback):
+    """Writes into each checkpoint what a resumed run is to be compared with."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        said = self._trainer._said_of_random_rows
+        writes = state.is_world_process_zero
+        if args.save_on_each_node:
+            writes = state.is_local_process_zero
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if said is not None and writes and checkpoint.is_dir():
+            (checkpoint / SAVED_REFERENCE).write_text(json.dumps({"logps": said}))
 
 
 class UnusedEvaluationRows(TrainerCallback):

@@ -4,12 +4,17 @@ Two things must hold. Scoring and differentiating a step must use the same netwo
 first step policy and reference must agree. Many things can break either (functional dropout, router
 jitter, adapters that change the base model, another RoPE, added tokens). So the checks compare
 behaviour: the rows are scored again, and a difference larger than rounding is refused.
+
+In a resumed run the policy has been trained. There the reference is compared with what it said at
+the beginning, of random rows, which each checkpoint holds (``SavedReference``).
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..ot.losses import LOSSES
 from ..scoring.gradients import gradient_error
 from ..scoring.model_input import FIELDS, MORE, Batch
+from ..scoring.probe import batch_of, probe_rows
 from ..scoring.scorer import Scorer, free_memory
 from ..step.engine import MicroBatch
 
@@ -36,6 +42,12 @@ kernels may agree to the bit, while the reference may be computed by other kerne
 NEGLIGIBLE = 1e-3
 """Differences up to this many nats are never refused: their effect on a loss is negligible.
 (Embeddings of new tokens are drawn separately for each loaded model, close to their mean.)"""
+
+SAVED_REFERENCE = "aot_reference.json"
+"""File of a checkpoint with the reference's log-probabilities of random rows."""
+
+RANDOM_TOKENS = 64
+"""Length of the longest of them."""
 
 WIDER = 8
 """Columns of padding that are added to get another layout."""
@@ -275,22 +287,70 @@ def check_start(
     """
     score, elsewhere = scorer.logps, scorer.logps_apart
     first = first_scores(score, elsewhere, batch.inputs, model, _half(settings), widest)
-
-    def worst_of_ranks(found: Difference) -> Difference:
-        numbers = torch.tensor([[*astuple(found)]], device=settings.device)
-        ranks = (Difference(*rank) for rank in gather(numbers).tolist())
-        return max(ranks, key=lambda found: found.excess)
-
-    found = worst_of_ranks(randomness(first))
+    found = _worst(randomness(first), settings, gather)
     if found and several:
         raise ValueError(random_network(found, model, settings))
     is_random = bool(found) or random_part(model) is not None
     if resumed:
         return is_random
-    found = worst_of_ranks(reference_error(first, batch.reference_logps(scorer)))
+    found = _worst(reference_error(first, batch.reference_logps(scorer)), settings, gather)
     if found:
         raise ValueError(wrong_reference(found, model, settings))
     return is_random
+
+
+def _worst(found: Difference, settings: Any, gather: Callable[[Tensor], Tensor]) -> Difference:
+    """Of all ranks."""
+    numbers = torch.tensor([[*astuple(found)]], device=settings.device)
+    ranks = (Difference(*rank) for rank in gather(numbers).tolist())
+    return max(ranks, key=lambda found: found.excess)
+
+
+def reference_of_random_rows(
+    scorer: Scorer,
+    model: Any,
+    settings: Any,
+    checkpoint: Path | None,
+    gather: Callable[[Tensor], Tensor],
+) -> list[float]:
+    """What the reference says of random rows: log-probabilities of sequences, in nats.
+
+    Args:
+        scorer: scores batches under policy and reference.
+        model: the unwrapped policy.
+        settings: the training arguments.
+        checkpoint: the one from which the run is resumed; None in a new run.
+        gather: as in ``check_start``.
+
+    Raises:
+        ValueError: on all ranks, if the checkpoint holds others than rounding explains.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    rows = batch_of(probe_rows(vocabulary, RANDOM_TOKENS))
+    batch = {name: values.to(settings.device) for name, values in rows.items()}
+    reference = scorer.reference_logps(batch)
+    if checkpoint is not None:
+        # Whether or not this rank finds the file: all ranks make the same passes.
+        first = first_scores(scorer.logps, scorer.logps_apart, batch, model, _half(settings))
+        before = saved_reference(checkpoint)
+        then = reference if before is None else torch.tensor(before, device=settings.device)
+        noise = first.scores - first.elsewhere
+        found = Difference.between(reference, then, noise, first.tokens, first.eps)
+        if found := _worst(found, settings, gather):
+            raise ValueError(
+                "the reference is not the one with which this run began: its log-probabilities of "
+                f"random rows differ from those in {checkpoint / SAVED_REFERENCE} by {found}. "
+                "`base_model` has other weights than then, or another precision or quantization: "
+                "write what it was, or start a new run. To go on with this reference all the same, "
+                "remove that file"
+            )
+    return reference.tolist()
+
+
+def saved_reference(checkpoint: Path) -> list[float] | None:
+    """What a checkpoint holds of it; None if it was written by an earlier release."""
+    file = checkpoint / SAVED_REFERENCE
+    return json.loads(file.read_text())["logps"] if file.is_file() else None
 
 
 def check_gradient(

@@ -97,6 +97,13 @@ class ScoringMixin(Trainer):
         ):
             yield
 
+    @property
+    def _has_reference(self) -> bool:
+        """Whether there is a model to ask. Full fine-tuning of labelled rows with cached
+        log-probabilities has none."""
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        return self.ref_model is not None or getattr(unwrapped, "peft_config", None) is not None
+
     @contextlib.contextmanager
     def _as_reference(self, policy: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         """The frozen reference and its LM head: the loaded reference model, or the policy with its

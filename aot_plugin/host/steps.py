@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,13 @@ from ..scoring.model_input import Batch
 from ..step.budget import Budget
 from ..step.engine import MicroBatch, StepEngine
 from ..step.ranks import gather_rows
-from .checks import check_gradient, check_start, refuse_updates_within_a_step, some_weights
+from .checks import (
+    check_gradient,
+    check_start,
+    reference_of_random_rows,
+    refuse_updates_within_a_step,
+    some_weights,
+)
 from .evaluation import EvaluationMixin
 from .repeated_rows import without_repeated_rows
 from .speed import permits, speed_features, why_no_gradient_aside
@@ -42,6 +49,8 @@ class StepsMixin(EvaluationMixin):
     _scored_with: list[Tensor] | None = None
     _updates_checked = False
     _one_sided_steps = 0
+    _resumed_from: Path | None = None
+    _said_of_random_rows: list[float] | None = None
     _is_graded = False  # set by RowColumnsMixin
 
     @cached_property
@@ -103,24 +112,34 @@ class StepsMixin(EvaluationMixin):
         several = self._objective.whole_step and len(batches) > 1
         if not self._checked:
             self._checked = True
-            self._is_random = check_start(
-                self._scorer,
-                batches[0],
-                self.model,
-                self.args,
-                several=several,
-                resumed=self.state.global_step > 0,
-                widest=self._widest_row(),
-                gather=self.accelerator.gather,
-            )
-            if not self._is_random and why_no_gradient_aside(self) is None:
-                gather = self.accelerator.gather
-                check_gradient(self._scorer, batches[0], self.model, self.args, gather)
+            self._check(batches[0], several)
             # Only now is it known what wraps the model, and what the model does to its logits.
             LOG.info("speed: %s", speed_features(self, self._scorer.settled()))
         if several and not self._updates_checked:
             self._scored_with = some_weights(self.model)
         self._engine.begin(batches, empty, self.state.global_step + 1)
+
+    def _check(self, batch: MicroBatch, several: bool) -> None:
+        """What must hold before the first step."""
+        scorer, model, args, gather = self._scorer, self.model, self.args, self.accelerator.gather
+        self._is_random = check_start(
+            scorer,
+            batch,
+            model,
+            args,
+            several=several,
+            resumed=self.state.global_step > 0,
+            widest=self._widest_row(),
+            gather=gather,
+        )
+        if self._is_random:
+            return
+        if why_no_gradient_aside(self) is None:
+            check_gradient(scorer, batch, model, args, gather)
+        if self._has_reference and not self._is_vision_dataset:  # a random token may mean an image
+            self._said_of_random_rows = reference_of_random_rows(
+                scorer, model, args, self._resumed_from, gather
+            )
 
     def _collate(self, sequences: Sequences, rows: Any) -> Batch:
         pad_token = self._tokenizer.pad_token_id

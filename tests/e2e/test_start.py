@@ -2,6 +2,7 @@
 
 import gc
 import math
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 import torch
 from cuts import LORA, Cutter, assert_differs, assert_same
 from harness import config, paired_rows, train, unpaired_rows, write_rows
+from safetensors.torch import load_file, save_file
 
 from aot_plugin import trainer
+from aot_plugin.host.checks import SAVED_REFERENCE
 from aot_plugin.step import budget
 from aot_plugin.step.carry import HoldGradient
 
@@ -190,3 +193,39 @@ def test_a_wrong_backward_pass_for_several_rows(
     cfg = config(tiny_model, data, tmp_path / "out", aot_mode=mode, **adapter, **IN_PROCESS)
     with pytest.raises(ValueError, match="the gradient of rows together is not the sum"):
         train(cfg)
+
+
+@pytest.mark.parametrize(
+    ("mode", "keys"),
+    [
+        ("paired", LORA),
+        ("unpaired", {}),
+        ("paired", {**LORA, "precompute_ref_log_probs": True}),
+    ],
+    ids=["adapter", "full", "cached reference"],
+)
+def test_a_resumed_run_keeps_its_reference(
+    mode: str, keys: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Other weights under the same path show in what the reference says of random rows."""
+    base = shutil.copytree(tiny_model, tmp_path / "model")
+    rows = paired_rows(16) if mode == "paired" else unpaired_rows(16)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    keys = {"aot_mode": mode, "save_steps": 1, "dataset_prepared_path": None, **keys}
+    first = config(base, data, tmp_path / "out", **{**keys, "max_steps": 1}, **IN_PROCESS)
+    train(first)
+    saved = tmp_path / "out" / "checkpoint-1" / SAVED_REFERENCE
+    again = {**first, "max_steps": 2, "resume_from_checkpoint": str(saved.parent)}
+    # Its rounding is that of another kernel, and no other reference.
+    others = {"attn_implementation": "eager", "output_dir": str(tmp_path / "again")}
+    assert len(train({**again, **others}).logged("loss")) == 2
+
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if "layers.0" in name and "q_proj" in name)
+    weights[name] *= 1.1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    other = {**again, "output_dir": str(tmp_path / "other")}
+    with pytest.raises(ValueError, match=r"not the one with which this run began.*aot_reference"):
+        train(other)
+    saved.unlink()
+    assert len(train(other).logged("loss")) == 2

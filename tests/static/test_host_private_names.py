@@ -97,8 +97,8 @@ def overridden() -> list[tuple[type, type, str]]:
 OVERRIDDEN = {
     *("compute_ref_log_probs", "_precompute_ref_logps", "_prepare_dataset", "compute_loss"),
     *("_prepare_inputs", "evaluation_loop", "get_batch_samples", "prediction_step"),
-    *("training_step", "_load_from_checkpoint", "_set_signature_columns_if_needed"),
-    *("log", "create_model_card"),
+    *("training_step", "_set_signature_columns_if_needed"),
+    *("log", "create_model_card", "train"),
 }
 
 
@@ -136,7 +136,7 @@ def assigned(cls: type) -> set[str]:
 
 
 OURS = {"_mode", "_only_evaluates", "_reference", "_scored_with", "_step", "_step_class"}
-OURS |= {"hub_datasets"}
+OURS |= {"hub_datasets", "_resumed_from", "_said_of_random_rows"}
 
 
 @pytest.mark.parametrize("host", TRAINERS.values(), ids=lambda trainer: trainer.__name__)
