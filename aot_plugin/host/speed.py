@@ -8,7 +8,7 @@ from transformers import Trainer
 from ..ot.losses import PairedLogps
 from ..scoring.model_head import why_head_is_not_chunked
 from ..scoring.settle import Settled
-from ..step.budget import Permits, gradients_that_fit
+from ..step.budget import Permits, gradients_that_fit, graphs_come_first
 
 
 def why_graph_is_not_kept(trainer: Any) -> str | None:
@@ -123,7 +123,9 @@ def speed_features(trainer: Trainer, settled: Settled) -> str:
     fit = 0 if why_not_held else gradients_that_fit(model)
     if 0 < fit < steps:
         held += f" of {fit} of {steps} micro-batches"
-    all_held = "the gradients of all micro-batches are held" if fit >= steps else None
+    all_held = None
+    if fit >= steps and not graphs_come_first(args.device):
+        all_held = "the gradients of all micro-batches are held"
     reasons = {
         "shared prompts": settled.why_not_shared,
         "packed rows": settled.why_not_packed,

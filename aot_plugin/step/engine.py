@@ -38,6 +38,7 @@ from .budget import (
     Permits,
     allot,
     gradients_that_fit,
+    graphs_come_first,
     measured,
     trainable,
 )
@@ -396,7 +397,8 @@ class StepEngine:
         shapes = [group.shape for group in groups if group.shape is not None]
         graphs = [self._graphs.predict(*shape) for shape in shapes] or [math.inf] * len(groups)
         budget = self._budget.of_step(max(math.prod(shape) for shape in shapes)) if keeps else 0.0
-        kinds = allot(graphs, permits, fit=fit, budget=budget)
+        first = graphs_come_first(step.label.device)
+        kinds = allot(graphs, permits, fit=fit, budget=budget, graphs_first=first)
         for group, kind in zip(groups, kinds, strict=True):
             group.kind = kind if self._fit(group.batch.inputs) else RESCORE
         return sorted(groups, key=lambda group: CARRIES.index(group.kind))

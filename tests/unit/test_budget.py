@@ -31,12 +31,13 @@ DDP = Permits(None, None, synchronizes=True)
     st.floats(0, 500),
     st.integers(0, 14),
     st.booleans(),
+    st.booleans(),
 )
 def test_no_allotment_exceeds_its_budget(
-    graphs: list[float], budget: float, fit: int, synchronizes: bool
+    graphs: list[float], budget: float, fit: int, synchronizes: bool, graphs_first: bool
 ) -> None:
     permits = Permits(None, None, synchronizes=synchronizes)
-    kinds = allot(graphs, permits, fit=fit, budget=budget)
+    kinds = allot(graphs, permits, fit=fit, budget=budget, graphs_first=graphs_first)
     assert len(kinds) == len(graphs) and set(kinds) <= set(CARRIES)
     assert kinds.count(HOLD) <= fit
     kept = [graph for graph, kind in zip(graphs, kinds, strict=True) if kind == KEEP]
@@ -44,7 +45,7 @@ def test_no_allotment_exceeds_its_budget(
     assert sum(kept[1:]) <= budget
     if synchronizes:
         assert kinds[-1] == RESCORE
-    elif len(graphs) > fit:
+    elif graphs_first or len(graphs) > fit:
         assert kept
     refused = [g for g, kind in zip(graphs, kinds, strict=True) if kind == RESCORE]
     left = budget - sum(kept[1:])
@@ -59,6 +60,17 @@ def test_allotments() -> None:
     assert allot([9.0, 3, 2, 1], DDP, fit=9, budget=9) == [HOLD, HOLD, HOLD, RESCORE]
     assert allot([9.0], DDP, fit=9, budget=9) == [RESCORE]
     assert allot([9.0, 3], NOTHING, fit=2, budget=99) == [RESCORE, RESCORE]
+
+
+def test_allotments_where_graphs_come_first() -> None:
+    def found(graphs: list[float], permits: Permits, fit: int, budget: float) -> list[str]:
+        return allot(graphs, permits, fit=fit, budget=budget, graphs_first=True)
+
+    assert found([math.inf] * 4, ALL, fit=2, budget=1e9) == [KEEP, HOLD, HOLD, RESCORE]
+    assert found([9.0, 3, 2, 1], ALL, fit=9, budget=3) == [KEEP, KEEP, HOLD, HOLD]
+    assert found([9.0, 3, 2, 1], DDP, fit=9, budget=2) == [KEEP, HOLD, KEEP, RESCORE]
+    assert found([9.0, 3], Permits("no", None), fit=1, budget=99) == [HOLD, RESCORE]
+    assert found([9.0, 3], NOTHING, fit=2, budget=99) == [RESCORE, RESCORE]
 
 
 def test_predictions_grow_with_tokens_and_width() -> None:
