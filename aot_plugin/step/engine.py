@@ -304,11 +304,12 @@ class StepEngine:
             *failed.batch.inputs["input_ids"].shape,
             then,
         )
-        again, self._done = [*self._done, *self._due[number]], []
-        self._due[number] = [part for work in again for part in self._cut(work)]
-        for works in self._due.values():
+        self._due[number], self._done = [*self._done, *self._due[number]], []
+        # Later micro-batches, too: each failure makes the step begin anew.
+        for later, works in self._due.items():
             for work in works:
                 work.carry = self._carry(RESCORE, work.batch)
+            self._due[later] = [part for work in works for part in self._cut(work)]
         self._budget.lower(self._record.kept_bytes)
         self._record.retries += 1
         free_memory()

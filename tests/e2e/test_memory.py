@@ -1,23 +1,18 @@
 """What a step keeps in memory: exact in every proportion, within its budget, and cut when it fails.
 
-Running out of memory is simulated, since a CPU never raises ``torch.OutOfMemoryError``: the model's
-base counts the tokens of all graphs that are alive, and raises the error above a capacity.
+Running out of memory is simulated (``limited_memory``).
 """
 
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from cuts import LORA, Cutter, assert_differs, assert_same
+from limited_memory import Memory, limited
 from torch import Tensor
 
 from aot_plugin.host import steps
-from aot_plugin.scoring import scorer
 from aot_plugin.step import budget, engine
 from aot_plugin.step.record import watched_steps
 
@@ -66,6 +61,27 @@ def test_graphs_are_kept_within_a_budget(
     assert_differs(cutter.run(2, 8, aot_batch="micro_batch"), whole)
 
 
+def test_where_graphs_come_first(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: gradients are held of the pairs whose graphs do not fit."""
+    monkeypatch.setattr(engine, "graphs_come_first", lambda device: True)
+    monkeypatch.setattr(budget, "HELD_SHARE", 100.0)
+    cutter = Cutter(tmp_path, tiny_model, "paired", **LORA, learning_rate=0.01)
+    whole = cutter.run(16, 1)
+    with watched_steps() as all_fit:
+        assert_same(cutter.run(1, 16), whole)
+    assert all_fit[0].carries.count("HoldGradient") == 15
+    assert all(step.carries == ["KeepGraph"] * 16 for step in all_fit[1:])
+    limit = SOME * min(step.kept_bytes for step in all_fit[1:]) / steps.GIB
+    with watched_steps() as some_fit:
+        assert_same(cutter.run(1, 16, aot_kept_memory=limit), whole)
+    for step in some_fit[1:]:
+        counts = {kind: step.carries.count(kind) for kind in step.carries}
+        assert counts.keys() == {"HoldGradient", "KeepGraph"} and min(counts.values()) > 1
+    assert_differs(cutter.run(1, 16, aot_batch="micro_batch"), whole)
+
+
 def test_full_fine_tuning_keeps_graphs(tiny_model: Path, tmp_path: Path) -> None:
     cutter = Cutter(tmp_path, tiny_model, "paired", learning_rate=0.001)
     whole = cutter.run(16, 1)
@@ -73,87 +89,6 @@ def test_full_fine_tuning_keeps_graphs(tiny_model: Path, tmp_path: Path) -> None
         assert_same(cutter.run(1, 16), whole)
     assert [step.carries.count("KeepGraph") for step in records] == [1, 16, 16, 16, 16]
     assert_differs(cutter.run(1, 16, aot_batch="micro_batch"), whole)
-
-
-class Memory:
-    """A device that has room for so many tokens.
-
-    Args:
-        graphs: tokens of graphs alive, at most.
-        scoring: tokens of a pass without gradient, at most.
-        backward: tokens of one backward pass, at most.
-    """
-
-    def __init__(self, graphs: float = 1e9, scoring: float = 1e9, backward: float = 1e9) -> None:
-        self.graphs, self.scoring, self.backward = graphs, scoring, backward
-        self.alive = self.most_alive = self.failures = 0
-
-    def fail(self) -> None:
-        self.failures += 1
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    def enter(self, hidden: Tensor) -> Tensor:
-        tokens = hidden.shape[0] * hidden.shape[1]
-        if not hidden.requires_grad:
-            if tokens > self.scoring:
-                self.fail()
-            return hidden
-        if self.alive + tokens > self.graphs:
-            self.fail()
-        return _Occupied.apply(hidden, self, tokens)
-
-    def free(self, tokens: int) -> None:
-        self.alive -= tokens
-
-
-class _Graph:
-    """Lives as long as the graph that holds it."""
-
-
-class _Occupied(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, memory: Memory, tokens: int) -> Tensor:
-        ctx.graph, ctx.memory, ctx.tokens = _Graph(), memory, tokens
-        memory.alive += tokens
-        memory.most_alive = max(memory.most_alive, memory.alive)
-        weakref.finalize(ctx.graph, memory.free, tokens)
-        return hidden.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.tokens > ctx.memory.backward:
-            ctx.memory.fail()
-        return grad.clone(), None, None
-
-
-@contextmanager
-def limited(memory: Memory) -> Iterator[list[str]]:
-    """Runs with this memory from the first step on; yields what was logged about it."""
-    forward = transformers.LlamaModel.forward
-    begin = steps.StepsMixin._begin
-    said: list[str] = []
-    inside: list[bool] = []
-
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = forward(self, *args, **kwargs)
-        if inside:
-            output.last_hidden_state = memory.enter(output.last_hidden_state)
-        return output
-
-    def noted(self: Any, *args: Any) -> Any:
-        if self.state.global_step > 0:  # the probe and the checks of the first step are not cut
-            inside.append(True)
-        return begin(self, *args)
-
-    def warning(text: str, *args: Any) -> None:
-        said.append(text % args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.LlamaModel, "forward", checked)
-        patch.setattr(steps.StepsMixin, "_begin", noted)
-        patch.setattr(engine.LOG, "warning", warning)
-        patch.setattr(scorer.LOG, "warning", warning)
-        yield said
 
 
 # A micro-batch of two pairs takes some 100 to 160 tokens.
@@ -193,7 +128,8 @@ def test_a_micro_batch_that_does_not_fit_is_cut(place: str, wholes: dict[str, An
     assert memory.failures > 0
     assert memory.most_alive <= memory.graphs
     assert said and all("out of memory" in line or "ran out" in line for line in said)
-    # What did not fit once is remembered.
+    # What did not fit once is remembered, in the step itself and in the later ones.
+    assert max(step.retries for step in records) <= 4
     assert records[-1].retries == 0
 
 

@@ -16,10 +16,11 @@ one, and of nothing else:
 Several jobs are trained one after the other in the same processes, since an import of the host
 takes longer than a tiny run; what the host leaves behind is reset between them. A job is a JSON
 object: ``config`` (a path), ``wrapper`` (``WRAPPERS``) and optionally ``fault`` (``FAULTS``) and
-``repeats: count`` (a repeated row counts like any other), ``fails`` (it is to raise) and ``remove``
-(a file, before it starts). Each rank writes next to the config what
-it put into every transport problem (``.rank0.json``), the carries of its micro-batches
-(``.rank0.carries``) and the trace of an error (``.rank0.txt``).
+``repeats: count`` (a repeated row counts like any other), ``fails`` (it is to raise), ``remove``
+(a file, before it starts) and ``memory`` (limits of the last rank's, see ``limited_memory``). Each
+rank writes next to the config what it put into every transport problem (``.rank0.json``), the
+carries of its micro-batches (``.rank0.carries``), how often each step ran out of memory
+(``.rank0.retries``) and the trace of an error (``.rank0.txt``).
 """
 
 import contextlib
@@ -39,6 +40,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import saved_in_process
+from limited_memory import Memory, limited
 
 RANK = int(os.environ["RANK"])
 WORLD_SIZE = int(os.environ["WORLD_SIZE"])
@@ -61,7 +63,7 @@ FAULTS: dict[str, Callable[..., Any]] = {"die": die, "not_finite": not_finite}
 
 
 @contextlib.contextmanager
-def observed(job: dict[str, str]) -> Iterator[None]:
+def observed(job: dict[str, Any]) -> Iterator[None]:
     """Asserts what wraps the model in every training step, and lets the job's fault happen."""
     from aot_plugin import trainer
     from aot_plugin.host import repeated_rows
@@ -82,6 +84,8 @@ def observed(job: dict[str, str]) -> Iterator[None]:
         if job.get("repeats") == "count":
             every_row = patch(repeated_rows, "distinct_rows", lambda _, size, ranks: [size] * ranks)
             stack.enter_context(every_row)
+        if "memory" in job and RANK == WORLD_SIZE - 1:
+            stack.enter_context(limited(Memory(**job["memory"])))
         yield
 
 
@@ -124,7 +128,7 @@ def reset_host() -> None:
     gc.collect()
 
 
-def train(job: dict[str, str]) -> None:
+def train(job: dict[str, Any]) -> None:
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import do_train
@@ -152,6 +156,8 @@ def train(job: dict[str, str]) -> None:
     result.with_suffix(result.suffix + ".json").write_text(json.dumps(problems))
     carries = json.dumps([step.carries for step in steps])
     result.with_suffix(result.suffix + ".carries").write_text(carries)
+    retries = json.dumps([step.retries for step in steps])
+    result.with_suffix(result.suffix + ".retries").write_text(retries)
     reset_host()
 
 

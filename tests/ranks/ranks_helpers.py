@@ -59,7 +59,7 @@ def assert_same_evaluation(run: Run, reference: Run) -> None:
         assert len(run.logged(key)) == 3  # before the first step, and every three steps
 
 
-def on_ranks(jobs: list[dict[str, str]], work: Path, ranks: int = 2, timeout: int = 600) -> int:
+def on_ranks(jobs: list[dict[str, Any]], work: Path, ranks: int = 2, timeout: int = 600) -> int:
     """Train the jobs on CPU ranks of one machine; 0, or the status of the first rank to fail, with
     which all end. What they print goes to ``work/log.txt``."""
     port = free_port()
@@ -80,7 +80,7 @@ def on_ranks(jobs: list[dict[str, str]], work: Path, ranks: int = 2, timeout: in
         _end(running)
 
 
-def two_nodes(jobs: list[list[dict[str, str]]], works: list[Path], timeout: int) -> list[int]:
+def two_nodes(jobs: list[list[dict[str, Any]]], works: list[Path], timeout: int) -> list[int]:
     """The same on two nodes of one rank each, with their own jobs and working folders, which talk
     over the loopback address; the return codes. A node whose rank fails ends alone."""
     port = free_port()
@@ -92,7 +92,7 @@ def two_nodes(jobs: list[list[dict[str, str]]], works: list[Path], timeout: int)
         _end(processes)
 
 
-def torchrun(jobs: list[dict[str, str]], work: Path, ranks: int = 2, timeout: int = 600) -> int:
+def torchrun(jobs: list[dict[str, Any]], work: Path, ranks: int = 2, timeout: int = 600) -> int:
     """``on_ranks`` by torchrun itself, in new interpreters; its return code."""
     listing = _listing(jobs, work)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -127,7 +127,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _listing(jobs: list[dict[str, str]], work: Path) -> Path:
+def _listing(jobs: list[dict[str, Any]], work: Path) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     listing = work / "jobs.json"
     listing.write_text(json.dumps(jobs))
@@ -135,7 +135,7 @@ def _listing(jobs: list[dict[str, str]], work: Path) -> Path:
 
 
 def _rank(
-    jobs: list[dict[str, str]], work: Path, rank: int, ranks: int, port: int, local_rank: int = 0
+    jobs: list[dict[str, Any]], work: Path, rank: int, ranks: int, port: int, local_rank: int = 0
 ) -> Fork:
     """One rank, with the environment that torchrun gives it."""
     numbers = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
@@ -154,7 +154,7 @@ def _end(processes: Iterable[Fork]) -> None:
             process.join(max(wait_until - time.monotonic(), 0))
 
 
-def job(cfg: dict[str, Any], **keys: str) -> dict[str, str]:
+def job(cfg: dict[str, Any], **keys: Any) -> dict[str, Any]:
     output_dir = Path(cfg["output_dir"])
     path = write_config(output_dir.parent / f"{output_dir.name}.yml", cfg)
     wrapper = "deepspeed" if "deepspeed" in cfg else "fsdp2" if "fsdp_config" in cfg else "ddp"

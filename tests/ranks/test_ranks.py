@@ -55,6 +55,15 @@ REFUSED = ("even_batches", "dispatch_batches")
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 LORA |= {"learning_rate": 0.003}
 
+MEMORY: dict[str, tuple[str, dict[str, int]]] = {
+    "scoring": ("paired", {"scoring": 70}),
+    "graph": ("unpaired", {"graphs": 60}),
+    "backward": ("unpaired", {"backward": 30}),
+    "everywhere": ("paired", {"graphs": 70, "scoring": 60, "backward": 60}),
+}
+"""Where the last of two ranks runs out of memory: tokens that it has room for. A micro-batch of two
+pairs takes 94, one of two labelled rows 42."""
+
 CHECKPOINTING = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -127,6 +136,8 @@ class Bench:
         for mode in MODES:
             make(f"{mode}-held", mode, 1, 8, **LORA)
             make(f"{mode}-graphs", mode, 2, 4, **LORA, **CHECKPOINTING)
+        for place, (mode, _) in MEMORY.items():
+            make(f"{mode}-memory-{place}", mode, 2, 4, **LORA)
         make("paired-images", "paired", 4, 2, **self.images)
         make("paired-images-held", "paired", 1, 8, **self.images)
         make("paired-images-micro_batch", "paired", 4, 2, aot_batch="micro_batch", **self.images)
@@ -162,9 +173,11 @@ def bench(empty_bench: Bench) -> Bench:
     bench = empty_bench
     jobs = []
     for name, cfg in bench.on_ranks().items():
-        keys = {"fault": "not_finite"} if name.endswith("not_finite") else {}
+        keys: dict[str, Any] = {"fault": "not_finite"} if name.endswith("not_finite") else {}
         if name.endswith("repeats-count"):
             keys["repeats"] = "count"
+        if "-memory-" in name:
+            keys["memory"] = MEMORY[name.split("-")[-1]][1]
         if name.endswith(REFUSED):
             keys["fails"] = "yes"
         jobs.append(job(cfg, **keys))
@@ -329,6 +342,19 @@ def test_second_passes_are_saved(
         for carries in steps:
             assert carries[-1] == "Rescore" and carries.count("Rescore") == 1, carries
             assert ("HoldGradient" in carries) == (name == "held")
+
+
+@pytest.mark.parametrize("place", MEMORY)
+def test_a_rank_that_runs_out_of_memory(place: str, bench: Bench) -> None:
+    """It makes more passes than the other one, which waits; the gradient is the same."""
+    mode, _ = MEMORY[place]
+    name = f"{mode}-memory-{place}"
+    assert_same(bench.run(name), bench.single(mode, "-lora", **LORA))
+    files = (bench.work / "ranks" / f"{name}.rank{rank}.retries" for rank in range(2))
+    roomy, limited = (json.loads(file.read_text()) for file in files)
+    assert not any(roomy)
+    # What is scored in halves is no retry of the step.
+    assert any(limited) is (place != "scoring")
 
 
 def test_on_an_adapter(bench: Bench) -> None:
