@@ -9,7 +9,7 @@ Per sweep it prints:
 2. The same at a given divergence. The runs of one seed that differ in the learning rate (or the
    number of steps) are a curve; a distribution on it is the mixture of those of the two runs
    nearest in divergence, so that its mean is interpolated linearly. It says which seeds have no run
-   on one of the two sides.
+   on one of the two sides. Seeds that lack a run are left out.
 3. At each of these divergences, arms of the same context (beta, responses per step, steps, data)
    two by two, and each against the model before training: differences of quantiles (first less
    second), the violation ratio of "the first dominates the second" (0: it does, 1: the second
@@ -122,6 +122,13 @@ def arms_of(rows: list[dict[str, Any]], axis: str) -> list[Arm]:
         for curve in arm.curves.values():
             curve.sort(key=lambda row: row["kl"])
     return [found[label] for label in sorted(found)]
+
+
+def whole_curves(arm: Arm) -> dict[int, list[dict[str, Any]]]:
+    """Those of the seeds that have all runs. Over a gap the score would come out too low, since it
+    is concave in the divergence."""
+    runs = max(map(len, arm.curves.values()))
+    return {seed: curve for seed, curve in arm.curves.items() if len(curve) == runs > 1}
 
 
 def at_divergence(curve: list[dict[str, Any]], kl: float) -> Distribution | None:
@@ -336,10 +343,14 @@ def analyse(sweep: str, args: argparse.Namespace, say: Callable[[str], None]) ->
     axis = AXES.get(sweep.split("+")[0], "learning_rate")
     arms = [arm for arm in arms_of(rows, axis) if arm.curves]
     say(f"\n## {sweep}\n\n{settings_table(arms, base, axis)}")
-    curves = [
-        arm._replace(curves={seed: c for seed, c in arm.curves.items() if len(c) > 1})
-        for arm in arms
-    ]
+    curves = [arm._replace(curves=whole_curves(arm)) for arm in arms]
+    left_out = {
+        seed
+        for arm, whole in zip(arms, curves, strict=True)
+        for seed in arm.curves.keys() - whole.curves.keys()
+    }
+    if left_out:
+        say(f"\nWithout the seeds {sorted(left_out)}, which lack runs:")
     curves = [arm for arm in curves if arm.curves]
     for kl in args.kl or common_divergences(curves) if curves else []:
         text, found = matched(curves, kl)
