@@ -91,10 +91,11 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowColumnsMixin, ModelCardMix
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The host's training, after a check that a resumed run keeps its reference."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            self._resumed_from = Path(resume_from_checkpoint)
+        found = resume_from_checkpoint
+        if found is True:
+            found = get_last_checkpoint(self.args.output_dir)
+        if found:
+            self._resumed_from = Path(found)
             refuse_another_start(self._resumed_from, self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

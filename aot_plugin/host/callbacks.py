@@ -54,7 +54,10 @@ class SavedReference(TrainerCallback):
             writes = state.is_local_process_zero
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if said is not None and writes and checkpoint.is_dir():
-            (checkpoint / SAVED_REFERENCE).write_text(json.dumps({"logps": said}))
+            # Whole or not at all: a killed run must not leave half of it.
+            unfinished = checkpoint / f"{SAVED_REFERENCE}.tmp"
+            unfinished.write_text(json.dumps(said))
+            unfinished.replace(checkpoint / SAVED_REFERENCE)
 
 
 class UnusedEvaluationRows(TrainerCallback):

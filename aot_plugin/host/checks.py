@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..ot.losses import LOSSES
 from ..scoring.gradients import gradient_error
 from ..scoring.model_input import FIELDS, MORE, Batch
-from ..scoring.probe import batch_of, probe_rows
+from ..scoring.probe import batch_of, probe_rows, rounding_error
 from ..scoring.scorer import Scorer, free_memory
 from ..step.engine import MicroBatch
 
@@ -309,15 +309,19 @@ def _worst(found: Difference, settings: Any, gather: Callable[[Tensor], Tensor])
 def reference_of_random_rows(
     scorer: Scorer,
     model: Any,
+    vocabulary: int,
     settings: Any,
     checkpoint: Path | None,
     gather: Callable[[Tensor], Tensor],
-) -> list[float]:
-    """What the reference says of random rows: log-probabilities of sequences, in nats.
+) -> dict[str, Any]:
+    """What the reference says of random rows: log-probabilities of sequences, in nats, and the
+    vocabulary that the rows were drawn from, for ``SAVED_REFERENCE``.
 
     Args:
         scorer: scores batches under policy and reference.
         model: the unwrapped policy.
+        vocabulary: number of tokens that the tokenizer knows; a model may have further ones that it
+            does not score.
         settings: the training arguments.
         checkpoint: the one from which the run is resumed; None in a new run.
         gather: as in ``check_start``.
@@ -325,17 +329,20 @@ def reference_of_random_rows(
     Raises:
         ValueError: on all ranks, if the checkpoint holds others than rounding explains.
     """
-    vocabulary = model.config.get_text_config().vocab_size
+    before = None if checkpoint is None else saved_reference(checkpoint)
+    vocabulary = min(vocabulary, model.config.get_text_config().vocab_size)
+    if before is not None:
+        vocabulary = before["vocabulary"]
     rows = batch_of(probe_rows(vocabulary, RANDOM_TOKENS))
     batch = {name: values.to(settings.device) for name, values in rows.items()}
     reference = scorer.reference_logps(batch)
     if checkpoint is not None:
         # Whether or not this rank finds the file: all ranks make the same passes.
         first = first_scores(scorer.logps, scorer.logps_apart, batch, model, _half(settings))
-        before = saved_reference(checkpoint)
-        then = reference if before is None else torch.tensor(before, device=settings.device)
+        then = reference if before is None else reference.new_tensor(before["logps"])
         noise = first.scores - first.elsewhere
-        found = Difference.between(reference, then, noise, first.tokens, first.eps)
+        eps = max(first.eps, rounding_error(model, reference.device))  # that of tf32, too
+        found = Difference.between(reference, then, noise, first.tokens, eps)
         if found := _worst(found, settings, gather):
             raise ValueError(
                 "the reference is not the one with which this run began: its log-probabilities of "
@@ -344,13 +351,13 @@ def reference_of_random_rows(
                 "write what it was, or start a new run. To go on with this reference all the same, "
                 "remove that file"
             )
-    return reference.tolist()
+    return {"vocabulary": vocabulary, "logps": reference.tolist()}
 
 
-def saved_reference(checkpoint: Path) -> list[float] | None:
-    """What a checkpoint holds of it; None if it was written by an earlier release."""
+def saved_reference(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint holds of it; None if it holds nothing, as those of earlier releases."""
     file = checkpoint / SAVED_REFERENCE
-    return json.loads(file.read_text())["logps"] if file.is_file() else None
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def check_gradient(

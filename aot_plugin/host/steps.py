@@ -50,7 +50,7 @@ class StepsMixin(EvaluationMixin):
     _updates_checked = False
     _one_sided_steps = 0
     _resumed_from: Path | None = None
-    _said_of_random_rows: list[float] | None = None
+    _said_of_random_rows: dict[str, Any] | None = None
     _is_graded = False  # set by RowColumnsMixin
 
     @cached_property
@@ -138,7 +138,7 @@ class StepsMixin(EvaluationMixin):
             check_gradient(scorer, batch, model, args, gather)
         if self._has_reference and not self._is_vision_dataset:  # a random token may mean an image
             self._said_of_random_rows = reference_of_random_rows(
-                scorer, model, args, self._resumed_from, gather
+                scorer, model, len(self._tokenizer), args, self._resumed_from, gather
             )
 
     def _collate(self, sequences: Sequences, rows: Any) -> Batch:
