@@ -247,11 +247,15 @@ class StepEngine:
         work = due.pop(0)
         # A failed pass is done again from scratch, so nothing of it is kept.
         self._done.append(_Work(work.batch, self._carry(RESCORE, work.batch), work.weights))
-        self._can_retry = self._permitted.may_retry and (
-            is_divisible(work.batch.inputs) or not isinstance(work.carry, Rescore)
-        )
         # The last pass of the step, by which DDP synchronizes gradients.
         wrapped = number == self._micro_batches - 1 and not due
+        # Other ranks wait in it: for this rank's buffers, and then for its gradients.
+        synchronizes = wrapped and self._permitted.synchronizes
+        self._can_retry = (
+            self._permitted.may_retry
+            and not synchronizes
+            and (is_divisible(work.batch.inputs) or not isinstance(work.carry, Rescore))
+        )
         if work.weights is None:
             logps, watched = work.carry.score(wrapped)
             ref_logps = work.batch.reference_logps(self._scorer)
@@ -261,10 +265,7 @@ class StepEngine:
                 self._done.pop()
                 due[:0] = self._cut(work)
                 return self.surrogate(number)
-        surrogate = work.carry.surrogate(work.weights, wrapped)
-        # Other ranks wait for this rank's gradients, some of which they may have by then.
-        self._can_retry &= not (wrapped and self._permitted.synchronizes)
-        return surrogate
+        return work.carry.surrogate(work.weights, wrapped)
 
     def is_due(self, number: int) -> bool:
         """Whether something of micro-batch ``number`` is left to do."""
