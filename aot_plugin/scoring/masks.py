@@ -92,3 +92,8 @@ def permit_variants() -> None:
     from torch._dynamo import config
 
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    # From PyTorch 2.12 on a setting is that of its thread, and backward passes on a GPU have a
+    # thread of their own, which reads the default.
+    entry: Any = getattr(config, "_config", {}).get("recompile_limit")
+    if isinstance(getattr(entry, "default", None), int):
+        entry.default = max(entry.default, VARIANTS)

@@ -1,5 +1,6 @@
 """A prompt encoded once for its completions: the numbers are those of separate rows."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -16,7 +17,13 @@ from transformers.integrations.flex_attention import WrappedFlexAttention
 from aot_plugin.scoring.cost import Cost
 from aot_plugin.scoring.layout import PADDED, Packed, Padded, Shared
 from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
-from aot_plugin.scoring.masks import additive_mask, block_mask, boolean_mask, permit_variants
+from aot_plugin.scoring.masks import (
+    VARIANTS,
+    additive_mask,
+    block_mask,
+    boolean_mask,
+    permit_variants,
+)
 from aot_plugin.scoring.model_input import padded_rows
 from aot_plugin.scoring.settle import possible_layouts
 from aot_plugin.scoring.shared_prompts import (
@@ -322,6 +329,9 @@ def test_flex_attention_is_compiled_for_every_state_of_a_run(word_tokenizer, mon
             run()
     finally:
         torch._dynamo.reset()
+    # Backward passes on a GPU have a thread of their own.
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(lambda: dynamo.recompile_limit).result() >= VARIANTS
 
 
 @pytest.mark.slow  # it is compiled
