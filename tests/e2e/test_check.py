@@ -99,8 +99,8 @@ def test_rows_that_fail_are_shown_before_the_error(
     assert main(["check", str(write_config(tmp_path / "cfg.yml", cfg))]) == 1
     out, err = capsys.readouterr()
     assert "positive, trained" in out
-    # A progress bar that is collected late wipes its line.
-    assert [line for line in err.splitlines() if line.strip()][-1].startswith(
+    # A progress bar that is collected late wipes its line, with blanks and without a line's end.
+    assert [line.strip() for line in err.splitlines() if line.strip()][-1].startswith(
         "python -m aot_plugin check: error: `datasets`: all 8 rows are positive"
     )
 
