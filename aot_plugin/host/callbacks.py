@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..report.scores import UNITS
+from ..report.scores import UNITS, write_atomically
 from .checks import SAVED_REFERENCE
 
 LOG = get_logger("axolotl.aot_plugin.host.callbacks")
@@ -49,15 +49,10 @@ class SavedReference(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         said = self._trainer._said_of_random_rows
-        writes = state.is_world_process_zero
-        if args.save_on_each_node:
-            writes = state.is_local_process_zero
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if said is not None and writes and checkpoint.is_dir():
-            # Whole or not at all: a killed run must not leave half of it.
-            unfinished = checkpoint / f"{SAVED_REFERENCE}.tmp"
-            unfinished.write_text(json.dumps(said))
-            unfinished.replace(checkpoint / SAVED_REFERENCE)
+        if said is not None and args.should_save and checkpoint.is_dir():
+            file = checkpoint / SAVED_REFERENCE
+            write_atomically(file, lambda file: Path(file).write_text(json.dumps(said)))
 
 
 class UnusedEvaluationRows(TrainerCallback):
