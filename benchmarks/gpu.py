@@ -20,7 +20,6 @@ nothing else. Prints tables, and with `--json` appends them to a file, with the 
 import argparse
 import contextlib
 import copy
-import gc
 import json
 import os
 import statistics
@@ -49,7 +48,7 @@ from aot_plugin.scoring.batching import Sequences
 from aot_plugin.scoring.layout import Layout, Padded
 from aot_plugin.scoring.logps import sequence_logps, weighted_logps_sum
 from aot_plugin.scoring.model_input import Batch, padded_rows
-from aot_plugin.scoring.scorer import Pass, Scorer
+from aot_plugin.scoring.scorer import Pass, Scorer, free_memory
 from aot_plugin.scoring.settle import Settled, possible_layouts, settle_layout
 from aot_plugin.step.budget import Budget, Permits, trainable
 from aot_plugin.step.engine import MicroBatch, Objective, StepEngine
@@ -102,8 +101,8 @@ class Steps:
     shapes: tuple[tuple[int, int], ...]
 
 
-def llama(vocabulary: int, hidden: int, wide: int, layers: int, heads: int, key_heads: int) -> Any:
-    return LlamaConfig(**shape(vocabulary, hidden, wide, layers, heads, key_heads))
+def llama(*sizes: int) -> Any:
+    return LlamaConfig(**shape(*sizes))
 
 
 def windowed(window: int, *sizes: int) -> Any:
@@ -522,12 +521,6 @@ def collected_gradient(model: nn.Module) -> Tensor:
 def distance(found: Tensor, exact: Tensor) -> float:
     """|found - exact| / |exact|."""
     return ((found - exact).norm() / exact.norm()).item()
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -27,6 +27,12 @@ CHECKPOINTING: dict[str, Any] = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
 }
+QLORA: dict[str, Any] = {
+    "adapter": "qlora",
+    "load_in_4bit": True,
+    "optimizer": "paged_adamw_32bit",
+    **CHECKPOINTING,
+}
 UNPAIRED: dict[str, Any] = {
     "aot_mode": "unpaired",
     "micro_batch_size": 8,
@@ -92,28 +98,11 @@ SETUPS: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "liger": ("lora, float32", LIGER),
     "cached reference": ("lora, float32", {"precompute_ref_log_probs": True}),
-    "qlora": (
-        "lora, float32",
-        {
-            "adapter": "qlora",
-            "load_in_4bit": True,
-            "optimizer": "paged_adamw_32bit",
-            **CHECKPOINTING,
-        },
-    ),
+    "qlora": ("lora, float32", QLORA),
     "8-bit base": ("lora, float32", {"load_in_8bit": True}),
     "rslora, dora": ("lora, float32", {"peft_use_dora": True, "peft_use_rslora": True}),
     "unpaired": ("unpaired, float32", UNPAIRED),
-    "unpaired, qlora": (
-        "unpaired, float32",
-        {
-            **UNPAIRED,
-            "adapter": "qlora",
-            "load_in_4bit": True,
-            "optimizer": "paged_adamw_32bit",
-            **CHECKPOINTING,
-        },
-    ),
+    "unpaired, qlora": ("unpaired, float32", {**UNPAIRED, **QLORA}),
     "full": ("full, float32", FULL),
     "full, 8-bit optimizer": (
         "full, float32",

@@ -42,6 +42,7 @@ os.environ.setdefault("AXOLOTL_DATASET_NUM_PROC", "0")
 import numpy as np
 import torch
 import yaml
+from data import as_text
 from peft import PeftModel
 from rules import MEASURES, RULES, Measure
 from sampling import (
@@ -138,15 +139,9 @@ def render_kto_rows(model: Path) -> None:
     """The unpaired rows as text: the host's KTO strategies know no chat template."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
     rows = read_jsonl(QUICKSTART / "data" / "unpaired_train.jsonl")
-    for row in rows:
-        row["prompt"] = tokenizer.apply_chat_template(
-            row.pop("messages"), tokenize=False, add_generation_prompt=True
-        )
-        row["completion"] += tokenizer.eos_token
     OUTPUTS.mkdir(parents=True, exist_ok=True)
-    write_jsonl(OUTPUTS / "kto_rows.jsonl", rows)
+    write_jsonl(OUTPUTS / "kto_rows.jsonl", as_text(rows, AutoTokenizer.from_pretrained(model)))
 
 
 def train(config: dict[str, Any], output: Path, prepared: Path) -> list[dict[str, Any]]:
