@@ -1,12 +1,15 @@
 """Make the data sets of the experiments: one command, with fixed seeds.
 
     python benchmarks/experiments/data.py
+    python benchmarks/experiments/data.py --model student
 
-They go to outputs/experiments/data. Sources are the quickstart's rows, lists of words, and
-responses sampled from the model: ``PER_PROMPT`` to each of the quickstart's training prompts, which
-are kept in benchmarks/experiments/data (another machine would sample other text), and the rows of
-the sweep `theorem`. Where labels are trained, there is also the same file as text (`*_text`): the
-host's KTO strategies know no chat template.
+They go to outputs/experiments/data, those of the second model to outputs/experiments/student/data.
+Sources are the quickstart's rows, lists of words, and responses sampled from the model:
+``PER_PROMPT`` to each of the quickstart's training prompts, and the rows of the sweep `theorem`.
+The first model's responses are kept in benchmarks/experiments/data (another machine would sample
+other text); the second one gets rows like the quickstart's from its own samples, too. Where labels
+are trained, there is also the same file as text (`*_text`): the host's KTO strategies know no chat
+template.
 """
 
 import argparse
@@ -18,21 +21,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "example_configs" / "quickstart"))
 
+from make_data import RESPONSES_PER_PROMPT, paired_rows, unpaired_rows
+from model import FIRST_MODEL, MODELS, Model
 from prompts import TASKS, make_prompts
-from rules import RULES, Rule, short_prompts, subjects
-from sampling import load, read_jsonl, sample_responses, sentiment, write_jsonl
+from rules import MORE_TASKS, RULES, Rule, short_prompts, subjects
+from sampling import read_jsonl, sample_responses, sentiment, write_jsonl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-MODEL = ROOT / "outputs" / "smollm2-135m-instruct"
-LABELLED = ROOT / "example_configs" / "quickstart" / "data" / "unpaired_train.jsonl"
-SAMPLED = HERE / "data" / "responses.jsonl"
-OUTPUT = ROOT / "outputs" / "experiments" / "data"
+KEPT = HERE / "data" / "responses.jsonl"
 
 SEED = 19
 PER_PROMPT = 12
-PER_BATCH = 2048
+PER_BATCH = 384
 
 # Sweeps `shares` and `flips`: as many rows as every share allows (of 429 true and 607 false).
 ROWS = 600
@@ -48,18 +49,6 @@ SIZES = tuple(2**k for k in range(6, 14))
 SEEDS = (1, 2, 3, 4, 5)
 THEOREM_HELD_OUT = 2048
 POSITIVE_ABOVE = 0.4
-MORE_TASKS = (
-    "Write a postcard from somebody who has to do with {}.",
-    "Write two sentences for a travel guide about {}.",
-    "What would a child say about {}?",
-    "Write a headline about {}, with one sentence below it.",
-    "Complain or give praise, in two sentences: {}.",
-    "How did you like {}?",
-    "Write a note to yourself about {}.",
-    "Tell me something that happened with {}.",
-    "Give your opinion of {}, briefly.",
-    "Would you recommend {}? Say why, in a sentence.",
-)
 
 Row = dict[str, Any]
 
@@ -189,27 +178,42 @@ def theorem(rows: list[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def sampled_responses() -> dict[str, list[str]]:
+def sampled_responses(model: Model) -> dict[str, list[str]]:
     """The responses to the quickstart's training prompts; sampled if they are not kept."""
-    if not SAMPLED.exists():
-        prompts = make_prompts().train
+    prompts = make_prompts().train
+    if model.name == FIRST_MODEL and KEPT.exists():
+        texts = [row["responses"] for row in read_jsonl(KEPT)]
+    else:
         texts = sample_responses(
-            *load(MODEL), prompts, PER_PROMPT, SEED, "responses", PER_BATCH // PER_PROMPT
+            *model.load(), prompts, PER_PROMPT, SEED, "responses", PER_BATCH // PER_PROMPT
         )
-        SAMPLED.parent.mkdir(exist_ok=True)
-        found = zip(prompts, texts, strict=True)
-        write_jsonl(SAMPLED, ({"prompt": prompt, "responses": each} for prompt, each in found))
+    found = dict(zip(prompts, texts, strict=True))
+    if model.name == FIRST_MODEL:
+        KEPT.parent.mkdir(exist_ok=True)
+        write_jsonl(KEPT, ({"prompt": prompt, "responses": found[prompt]} for prompt in found))
     # The loader would drop an empty one.
-    return {
-        found["prompt"]: list(filter(None, found["responses"])) for found in read_jsonl(SAMPLED)
+    return {prompt: list(filter(None, each)) for prompt, each in found.items()}
+
+
+def quickstart_rows(model: Model) -> dict[str, list[Row]]:
+    """Rows like the quickstart's, from the model's own samples."""
+    prompts = make_prompts().train
+    n = RESPONSES_PER_PROMPT
+    texts = sample_responses(*model.load(), prompts, n, SEED + 1, "quickstart", PER_BATCH // n)
+    found = {
+        "paired_train": paired_rows(prompts, texts),
+        "unpaired_train": unpaired_rows(prompts, texts),
     }
+    for rows in found.values():
+        random.Random(SEED).shuffle(rows)
+    return found
 
 
-def sampled_rows(count: int) -> list[Row]:
+def sampled_rows(model: Model, count: int) -> list[Row]:
     """Independent draws of a prompt and a response, labelled by a threshold."""
     every = [task.format(name) for name in subjects(heldout=False) for task in TASKS + MORE_TASKS]
     drawn = random.Random(SEED).choices(every, k=count)
-    texts = sample_responses(*load(MODEL), drawn, 1, SEED, "theorem", PER_BATCH)
+    texts = sample_responses(*model.load(), drawn, 1, SEED, "theorem", PER_BATCH)
     return [
         row(prompt, completion=text, label=sentiment(text) > POSITIVE_ABOVE)
         for prompt, (text,) in zip(drawn, texts, strict=True)
@@ -222,25 +226,31 @@ def main() -> None:
     parser.add_argument(
         "--theorem", type=int, default=10_400, metavar="ROWS", help="rows to sample; 0: none"
     )
+    parser.add_argument("--model", choices=MODELS, default=FIRST_MODEL)
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    responses = sampled_responses()
-    labelled = labels(read_jsonl(LABELLED))
+    model = Model(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(model.base()["base_model"])
+    responses = sampled_responses(model)
+    own = quickstart_rows(model) if model.name != FIRST_MODEL else {}
+    labelled = labels(
+        own.get("unpaired_train") or read_jsonl(model.quickstart / "unpaired_train.jsonl")
+    )
     for name in ("letters", "articles"):
         labelled[f"unpaired_{name}"] = top_and_bottom(responses, RULES[name])
     paired = {name: best_and_worst(responses, rule) for name, rule in RULES.items()}
     files = {
+        **own,
         **labelled,
         **{f"{name}_text": as_text(rows, tokenizer) for name, rows in labelled.items()},
         **{f"paired_{name}": rows for name, rows in paired.items()},
         **short_answers(),
         "equal_lengths": equal_lengths(responses, tokenizer),
         **ratings(responses),
-        **(theorem(sampled_rows(args.theorem)) if args.theorem else {}),
+        **(theorem(sampled_rows(model, args.theorem)) if args.theorem else {}),
     }
-    OUTPUT.mkdir(parents=True, exist_ok=True)
+    model.data.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        write_jsonl(OUTPUT / f"{name}.jsonl", rows)
+        write_jsonl(model.data / f"{name}.jsonl", rows)
         print(name, len(rows), "rows")
 
 

@@ -15,6 +15,18 @@ SHORT_TASKS = (
     "Answer with one word: how is {}?",
     "What do you think of {}? Say it in one word.",
 )
+MORE_TASKS = (
+    "Write a postcard from somebody who has to do with {}.",
+    "Write two sentences for a travel guide about {}.",
+    "What would a child say about {}?",
+    "Write a headline about {}, with one sentence below it.",
+    "Complain or give praise, in two sentences: {}.",
+    "How did you like {}?",
+    "Write a note to yourself about {}.",
+    "Tell me something that happened with {}.",
+    "Give your opinion of {}, briefly.",
+    "Would you recommend {}? Say why, in a sentence.",
+)
 MAX_LETTERS = 12
 ARTICLES = frozenset(("the", "a", "an"))
 _WORD = re.compile(r"[A-Za-z]+")

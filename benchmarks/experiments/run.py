@@ -8,9 +8,11 @@ token. A line per run goes into results/SWEEP.jsonl; a run that has its line is 
 
     python benchmarks/experiments/run.py methods
     python benchmarks/experiments/run.py matched unpaired_batch --workers 12 --responses 16
+    python benchmarks/experiments/run.py kto --model student --workers 2 --responses 16
 
-Several sweeps are trained seed by seed, those named first before the others of the same seed, so
-that what a cut-off leaves are whole seeds.
+`--model student` takes the small model of student.py, its own data (data.py) and its own folder of
+results. Several sweeps are trained seed by seed, those named first before the others of the same
+seed, so that what a cut-off leaves are whole seeds.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import time
@@ -43,11 +46,11 @@ import numpy as np
 import torch
 import yaml
 from data import as_text
+from model import FIRST_MODEL, MODELS, Model
 from peft import PeftModel
 from rules import MEASURES, RULES, Measure
 from sampling import (
     PROMPTS_PER_BATCH,
-    load,
     read_jsonl,
     sample_tokens,
     whole_sentences,
@@ -56,8 +59,6 @@ from sampling import (
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-QUICKSTART = ROOT / "example_configs" / "quickstart"
-OUTPUTS = ROOT / "outputs" / "experiments"
 RESULTS = HERE / "results"
 SAMPLING_SEED = 7
 SWEEPS = sorted(file.stem for file in HERE.glob("*.yml") if file.stem != "base")
@@ -89,22 +90,24 @@ class Run:
 
 @dataclass(frozen=True)
 class Options:
-    model: Path
+    model: Model
     responses: int
     prompts: int | None
+    divergences: int | None
     workers: int
     keep: bool
 
 
-def configs(sweep: str) -> list[dict[str, Any]]:
+def configs(sweep: str, model: Model) -> list[dict[str, Any]]:
     """The host's expansion of a sweep."""
     from axolotl.cli.utils.sweeps import generate_sweep_configs
 
-    base, space = (yaml.safe_load((HERE / f"{name}.yml").read_text()) for name in ("base", sweep))
+    space = yaml.safe_load((HERE / f"{sweep}.yml").read_text())
     # The host prints each config.
     with contextlib.redirect_stdout(None):
-        found = generate_sweep_configs(base, space)
-    return [{key: value for key, value in cfg.items() if value is not None} for cfg in found]
+        found = generate_sweep_configs(model.base(), space)
+    set_keys = ({key: value for key, value in cfg.items() if value is not None} for cfg in found)
+    return [model.with_own_rows(cfg) for cfg in set_keys]
 
 
 def changes_of(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -114,15 +117,15 @@ def changes_of(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     return found if USUAL_DATA.issuperset(files) else found | {"data": "+".join(files)}
 
 
-def plan(sweeps: list[str], results: Path) -> list[Run]:
+def plan(sweeps: list[str], results: Path, model: Model) -> list[Run]:
     """The runs that have no line yet, in the order in which they are trained."""
-    base = yaml.safe_load((HERE / "base.yml").read_text())
+    base = model.base()
     found: dict[tuple[str, Measure], Run] = {}
     for sweep in sweeps:
         file = results / f"{sweep}.jsonl"
         done = [row["changes"] for row in read_jsonl(file)] if file.exists() else []
         untrained = (None, {"rl": "none"})
-        trained = ((config, changes_of(config, base)) for config in configs(sweep))
+        trained = ((config, changes_of(config, base)) for config in configs(sweep, model))
         for config, changes in [untrained, *trained]:
             if changes in done:
                 continue
@@ -135,13 +138,14 @@ def plan(sweeps: list[str], results: Path) -> list[Run]:
     )
 
 
-def render_kto_rows(model: Path) -> None:
+def render_kto_rows(model: Model) -> None:
     """The unpaired rows as text: the host's KTO strategies know no chat template."""
     from transformers import AutoTokenizer
 
-    rows = read_jsonl(QUICKSTART / "data" / "unpaired_train.jsonl")
-    OUTPUTS.mkdir(parents=True, exist_ok=True)
-    write_jsonl(OUTPUTS / "kto_rows.jsonl", as_text(rows, AutoTokenizer.from_pretrained(model)))
+    rows = read_jsonl(model.quickstart / "unpaired_train.jsonl")
+    model.outputs.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(model.base()["base_model"])
+    write_jsonl(model.outputs / "kto_rows.jsonl", as_text(rows, tokenizer))
 
 
 def train(config: dict[str, Any], output: Path, prepared: Path) -> list[dict[str, Any]]:
@@ -204,16 +208,20 @@ def free_memory() -> None:
 
 
 @torch.no_grad()
-def divergence(model: Any, reference: Any, ids: torch.Tensor, start: int, eos: int) -> np.ndarray:
+def divergence(
+    model: Any, reference: Any, ids: torch.Tensor, start: int, tokenizer: Any
+) -> np.ndarray:
     """[responses] KL(policy | reference) in nats along sampled responses.
 
     The divergence of the next token's distribution is summed over the places up to the
     end-of-sequence token. Its mean over samples of the policy is the divergence of the whole
     response (the chain rule), without the noise of the sampled tokens' own log-ratios.
     """
-    response = ids[:, start:]
-    places = (response == eos).cumsum(dim=1) - (response == eos).long() == 0
-    attended = torch.cat([(ids[:, :start] != eos).long().cummax(dim=1).values, places], dim=1)
+    prompt, response = ids[:, :start], ids[:, start:]
+    ends = response == tokenizer.eos_token_id
+    places = ends.cumsum(dim=1) - ends.long() == 0
+    padded_left = (prompt != tokenizer.pad_token_id).long().cummax(dim=1).values
+    attended = torch.cat([padded_left, places], dim=1)
     inputs = {
         "input_ids": ids,
         "attention_mask": attended,
@@ -239,10 +247,10 @@ def tf32() -> Iterator[None]:
 
 
 @cache
-def untrained(directory: Path) -> tuple[Any, Any, Any]:
+def untrained(model: Model) -> tuple[Any, Any, Any]:
     """The model before training, the same in float32, and the tokenizer."""
-    model, tokenizer = load(directory)
-    return model, copy.deepcopy(model).float(), tokenizer
+    loaded, tokenizer = model.load()
+    return loaded, copy.deepcopy(loaded).float(), tokenizer
 
 
 def measure(adapter: Path | None, what: Measure, options: Options) -> dict[str, Any]:
@@ -252,6 +260,7 @@ def measure(adapter: Path | None, what: Measure, options: Options) -> dict[str, 
     if adapter is not None:
         policy = PeftModel.from_pretrained(copy.deepcopy(model), adapter).merge_and_unload()
     prompts, n = what.prompts()[: options.prompts], options.responses
+    drawn = min(n, options.divergences or n)
     at_once = RESPONSES_AT_ONCE // n if torch.cuda.is_available() else PROMPTS_PER_BATCH
     batches = list(
         sample_tokens(policy, tokenizer, prompts, n, SAMPLING_SEED, "sampling", max(at_once, 1))
@@ -267,9 +276,9 @@ def measure(adapter: Path | None, what: Measure, options: Options) -> dict[str, 
     with tf32():
         ratios = np.concatenate(
             [
-                divergence(policy, reference, rows, start, tokenizer.eos_token_id)
+                divergence(policy, reference, rows, start, tokenizer)
                 for ids, start in batches
-                for rows in ids.split(ROWS_AT_ONCE)
+                for rows in ids.unflatten(0, (-1, n))[:, :drawn].flatten(0, 1).split(ROWS_AT_ONCE)
             ]
         )
     score = RULES[what.rule].score
@@ -283,7 +292,7 @@ def measure(adapter: Path | None, what: Measure, options: Options) -> dict[str, 
         "kl_standard_error": float(ratios.std(ddof=1) / len(ratios) ** 0.5),
         "words": float(np.mean([len(text.split()) for text in texts])),
         "scores": [[round(value, 3) for value in row] for row in scores.tolist()],
-        "prompt_kl": [round(x, 3) for x in ratios.reshape(scores.shape).mean(axis=1).tolist()],
+        "prompt_kl": [round(x, 3) for x in ratios.reshape(-1, drawn).mean(axis=1).tolist()],
     }
 
 
@@ -316,7 +325,7 @@ def carry_out(run: Run, options: Options, prepared: Path) -> dict[str, Any]:
     what = MEASURES.get(run.sweeps[0], Measure())
     if run.config is None:
         return {"changes": run.changes, **measure(None, what, options)}
-    begin, output = time.perf_counter(), OUTPUTS / run.name
+    begin, output = time.perf_counter(), options.model.outputs / run.name
     found: dict[str, Any] = {}
     if not options.keep:
         discard(output)  # left by a process that was killed, perhaps half written
@@ -376,7 +385,8 @@ class Workers:
                     answer = pipe.recv()
                 except EOFError:
                     process.join()
-                    why = f"worker {index} died (exit code {process.exitcode}), see {log_of(index)}"
+                    died = f"worker {index} died (exit code {process.exitcode})"
+                    why = f"{died}, see {self._log(index)}"
                     if run is None:
                         raise SystemExit(why) from None
                     yield run, None, why
@@ -394,12 +404,15 @@ class Workers:
         for _, process in idle.values():
             process.join()
 
+    def _log(self, index: int) -> Path:
+        return self._options.model.outputs / "workers" / f"{index}.log"
+
     def _start(self, index: int) -> tuple[Connection, Any]:
         # Not forked: neither CUDA nor threads survive that. Each has its own prepared rows, so that
         # none reads what another one is writing.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        folder = OUTPUTS / "workers" / str(index)
+        folder = self._options.model.outputs / "workers" / str(index)
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
             "HF_DATASETS_CACHE": str(folder / "cache"),
@@ -409,7 +422,7 @@ class Workers:
         with mock.patch.dict(os.environ, settings):
             process = context.Process(
                 target=work,
-                args=(theirs, self._options, folder / "prepared", log_of(index)),
+                args=(theirs, self._options, folder / "prepared", self._log(index)),
                 daemon=True,
             )
             process.start()
@@ -417,16 +430,12 @@ class Workers:
         return ours, process
 
 
-def log_of(worker: int) -> Path:
-    return OUTPUTS / "workers" / f"{worker}.log"
-
-
 def in_this_process(
     runs: Iterator[Run], options: Options
 ) -> Iterator[tuple[Run, dict[str, Any] | None, str | None]]:
     for run in runs:
         try:
-            yield run, carry_out(run, options, OUTPUTS / "prepared"), None
+            yield run, carry_out(run, options, options.model.outputs / "prepared"), None
         except Exception:
             yield run, None, traceback.format_exc()
 
@@ -436,28 +445,42 @@ def main() -> None:
     parser.add_argument("sweeps", nargs="+", choices=SWEEPS, metavar="sweep")
     parser.add_argument("--responses", type=int, default=2, help="per held-out prompt")
     parser.add_argument("--prompts", type=int, help="only the first held-out prompts, for a trial")
+    parser.add_argument(
+        "--divergences",
+        type=int,
+        help="of so many responses per prompt; default: of all (most of the time on a CPU)",
+    )
+    parser.add_argument("--model", choices=MODELS, default=FIRST_MODEL)
     parser.add_argument("--workers", type=int, default=1, help="processes; 1: this one")
     parser.add_argument("--minutes", type=float, help="no run is begun after so many")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the lines")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        help="folder of the lines (another model has a folder in it)",
+    )
     parser.add_argument(
         "--keep",
         action=argparse.BooleanOptionalAction,
         help="keep the trained adapters; by default only with one worker",
     )
+    parser.add_argument("--only", help="only runs whose name (see --list) has this pattern")
     parser.add_argument("--list", action="store_true", help="print the runs, and train none")
     args = parser.parse_args()
     begin = time.monotonic()
-    results = args.results.absolute()
+    model = Model(args.model)
+    results = model.own(args.results.absolute())
     os.chdir(ROOT)
     results.mkdir(parents=True, exist_ok=True)
-    runs = plan(list(dict.fromkeys(args.sweeps)), results)
+    runs = plan(list(dict.fromkeys(args.sweeps)), results, model)
+    if args.only:
+        runs = [run for run in runs if run.config is None or re.search(args.only, run.name)]
     if args.list:
         print(*(run.name for run in runs), f"{len(runs)} runs", sep="\n")
         return
-    model = Path(yaml.safe_load((HERE / "base.yml").read_text())["base_model"])
     render_kto_rows(model)
     keep = args.workers == 1 if args.keep is None else args.keep
-    options = Options(model, args.responses, args.prompts, args.workers, keep)
+    options = Options(model, args.responses, args.prompts, args.divergences, args.workers, keep)
 
     def in_time() -> Iterator[Run]:
         for run in runs:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import OUTPUT
 from sampling import read_jsonl
 
 from aot_plugin.ot.dominance import dominance_statistics
@@ -36,7 +35,7 @@ def measure(output: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     """Both parts of a finished run, from the last evaluation in its output directory."""
     scores = load_run(output)[-1]
     train = Path(cfg["datasets"][0]["path"])
-    labels = [row["label"] for row in read_jsonl(OUTPUT / "theorem_heldout.jsonl")]
+    labels = [row["label"] for row in read_jsonl(Path(cfg["test_datasets"][0]["path"]))]
     if not np.array_equal(scores.columns["label"][: len(labels)], labels):
         raise ValueError(f"{output}: the evaluation does not begin with the held-out rows")
     penalty = cfg["aot_penalty"]

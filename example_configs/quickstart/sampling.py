@@ -44,10 +44,12 @@ def whole_sentences(text: str) -> str:
     return (found.group() if found else text).strip()
 
 
-def load(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model in bf16 (on a CPU, too, the faster one) and a tokenizer that pads left."""
+def load(
+    directory: Path, dtype: torch.dtype = torch.bfloat16
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model (bf16 is faster on a CPU, too) and a tokenizer that pads left."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
     return model, AutoTokenizer.from_pretrained(directory, padding_side="left")
 
 

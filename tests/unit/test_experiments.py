@@ -23,7 +23,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
 
 def test_runs_come_seed_by_seed_and_equal_ones_once(scripts: Any, tmp_path: Path) -> None:
     run, _ = scripts
-    runs = run.plan(["kto", "matched"], tmp_path)
+    runs = run.plan(["kto", "matched"], tmp_path, run.Model())
     seeds = [planned.config["seed"] for planned in runs if planned.config]
     assert all(a <= b for a, b in pairwise(seeds))
     assert runs[0].config is None and runs[0].sweeps == ("kto", "matched")
@@ -33,7 +33,7 @@ def test_runs_come_seed_by_seed_and_equal_ones_once(scripts: Any, tmp_path: Path
 
     lines = [json.dumps({"changes": planned.changes}) for planned in runs]
     (tmp_path / "kto.jsonl").write_text("\n".join(lines))
-    left = run.plan(["kto", "matched"], tmp_path)
+    left = run.plan(["kto", "matched"], tmp_path, run.Model())
     assert {planned.sweeps for planned in left} == {("matched",)}
 
 
