@@ -35,7 +35,8 @@ SEED = 19
 PER_PROMPT = 12
 PER_BATCH = 384
 
-# Sweeps `shares` and `flips`: as many rows as every share allows (of 429 true and 607 false).
+# Sweeps `shares` and `flips`: as many rows as every share allows, at most these (the quickstart has
+# 429 true and 607 false ones).
 ROWS = 600
 SHARES = (0.5, 0.2, 0.05)
 FLIPS = (0.1, 0.3)
@@ -89,15 +90,17 @@ def labels(labelled: list[Row]) -> dict[str, list[Row]]:
     for rows in sides.values():
         rng.shuffle(rows)
     found = {}
+    allowed = (int(len(sides[True]) / max(SHARES)), int(len(sides[False]) / (1 - min(SHARES))))
+    count = min(ROWS, *allowed) // 2 * 2
     for share in SHARES:
-        positives = round(share * ROWS)
-        found[f"share_{share}"] = sides[True][:positives] + sides[False][: ROWS - positives]
+        positives = round(share * count)
+        found[f"share_{share}"] = sides[True][:positives] + sides[False][: count - positives]
     for flip in FLIPS:
-        flipped = round(flip * ROWS / 2)
+        flipped = round(flip * count / 2)
         found[f"flip_{flip}"] = [
             {**each, "label": each["label"] is not (index < flipped)}
             for side in (True, False)
-            for index, each in enumerate(sides[side][: ROWS // 2])
+            for index, each in enumerate(sides[side][: count // 2])
         ]
     return found
 

@@ -60,5 +60,5 @@ class Model:
             after = folders[before] / path.relative_to(before)
             return {**entry, "path": str(after.relative_to(ROOT))}
 
-        found = {key: value for key, value in config.items() if key.endswith("datasets")}
+        found = {key: config[key] for key in ("datasets", "test_datasets") if key in config}
         return config | {key: [own(entry) for entry in entries] for key, entries in found.items()}

@@ -63,6 +63,7 @@ RESULTS = HERE / "results"
 SAMPLING_SEED = 7
 SWEEPS = sorted(file.stem for file in HERE.glob("*.yml") if file.stem != "base")
 USUAL_DATA = {"paired_train", "unpaired_train", "kto_rows"}
+FOLDERS = {"output_dir", "dataset_prepared_path"}
 LONGEST_NAME = 200  # file systems allow 255 bytes, endings included
 RESPONSES_AT_ONCE = 1024
 """On a GPU: 2 GB of keys and values of SmolLM2-135M. A CPU gains nothing from so many."""
@@ -163,10 +164,10 @@ def train(config: dict[str, Any], output: Path, prepared: Path) -> list[dict[str
         execute(cfg, trainer, *args)
         logged.extend(trainer.state.log_history)
 
-    path = output.with_suffix(output.suffix + ".yml")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    config = {**config, "output_dir": str(output), "dataset_prepared_path": str(prepared)}
-    path.write_text(yaml.safe_dump(config))
+    path = output / "config.yml"
+    output.mkdir(parents=True, exist_ok=True)
+    folders = {"output_dir": str(output), "dataset_prepared_path": str(prepared)}
+    path.write_text(yaml.safe_dump(config | folders))
     # A run starts as in a process of its own.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -309,6 +310,14 @@ def training_summary(logged: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def trained_before(config: dict[str, Any], output: Path) -> bool:
+    """Whether the folder holds an adapter that was trained with the very config."""
+    if not (output / "adapter_model.safetensors").exists():
+        return False
+    kept = yaml.safe_load((output / "config.yml").read_text())
+    return {key: value for key, value in kept.items() if key not in FOLDERS} == config
+
+
 def discard(output: Path) -> None:
     """Delete what a training saved, but for the scores of its evaluations."""
     for file in output.glob("*"):
@@ -330,8 +339,9 @@ def carry_out(run: Run, options: Options, prepared: Path) -> dict[str, Any]:
     if not options.keep:
         discard(output)  # left by a process that was killed, perhaps half written
     try:
-        if not (output / "adapter_model.safetensors").exists():
-            logged = train(alone(run.config, options), output, prepared)
+        config = alone(run.config, options)
+        if not trained_before(config, output):
+            logged = train(config, output, prepared)
             free_memory()
             found = training_summary(logged)
         if "theorem" in run.sweeps:

@@ -91,3 +91,46 @@ def test_micro_batch_size_tells_arms_apart_only_where_sorting_depends_on_it(scri
         "the step",
     ]
     assert len({arm.context for arm in found}) == 1
+
+
+def test_the_second_model_has_rows_of_its_own(scripts: Any) -> None:
+    run, _ = scripts
+    first, second = run.Model(), run.Model("student")
+    for sweep in ("kto", "shares", "theorem"):
+        for one, other in zip(run.configs(sweep, first), run.configs(sweep, second), strict=True):
+            for key in ("datasets", "test_datasets"):
+                paths = [[entry["path"] for entry in cfg.get(key, [])] for cfg in (one, other)]
+                assert len(paths[0]) == len(paths[1])
+                assert all("student/" not in path for path in paths[0])
+                assert all(path.startswith("outputs/experiments/student/") for path in paths[1])
+            assert run.changes_of(one, first.base()) == run.changes_of(other, second.base())
+
+
+def test_an_adapter_of_another_config_is_not_taken_again(scripts: Any, tmp_path: Path) -> None:
+    run, _ = scripts
+    config = {"rl": "aot", "lora_alpha": 32}
+    assert not run.trained_before(config, tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    (tmp_path / "config.yml").write_text(json.dumps(config | {"output_dir": str(tmp_path)}))
+    assert run.trained_before(config, tmp_path)
+    assert not run.trained_before(config | {"lora_alpha": 256}, tmp_path)
+    assert not run.trained_before({"rl": "aot"}, tmp_path)
+
+
+@pytest.mark.parametrize(("true", "false"), [(429, 607), (100, 900), (900, 100)])
+def test_every_share_of_positives_is_what_its_name_says(
+    scripts: Any, true: int, false: int
+) -> None:
+    import data
+
+    rows = [{"completion": str(i), "label": i < true} for i in range(true + false)]
+    found = data.labels(rows)
+    assert len({len(each) for each in found.values()}) == 1
+    for share in data.SHARES:
+        each = found[f"share_{share}"]
+        assert sum(row["label"] for row in each) == pytest.approx(share * len(each), abs=1)
+    for flip in data.FLIPS:
+        each = found[f"flip_{flip}"]
+        assert sum(row["label"] for row in each) == pytest.approx(0.5 * len(each), abs=1)
+        wrong = sum(row["label"] is not (int(row["completion"]) < true) for row in each)
+        assert wrong == pytest.approx(flip * len(each), abs=2)
