@@ -1,8 +1,11 @@
 """The two models of the experiments, and what is each one's own: configs, rows, folders."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "example_configs" / "quickstart"))
 
 import torch
 import yaml
