@@ -1,4 +1,4 @@
-"""The order of labelled rows: all labels in every step."""
+"""The order of labelled rows: all labels in whatever is sorted together."""
 
 from typing import Any
 
@@ -13,12 +13,13 @@ LOG = get_logger("axolotl.aot_plugin.sampling")
 
 
 class StratifiedSamplingMixin(Trainer):
-    """Orders labelled rows so that every step has all labels (``StratifiedSampler``)."""
+    """Orders labelled rows so that every step has all labels (``StratifiedSampler``), and with
+    ``aot_batch: micro_batch`` every micro-batch."""
 
     args: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """A sampler of steps with all labels, unless the YAML asks for another order."""
+        """A sampler of batches with all labels, unless the YAML asks for another order."""
         self._refuse_single_rows()
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
@@ -26,12 +27,12 @@ class StratifiedSamplingMixin(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         found = levels(dataset)
         self._warn_of_rare_levels(found)
-        return StratifiedSampler(found, self._step_rows(), seed)
+        return StratifiedSampler(found, self._sorted_rows(), seed)
 
     def _warn_of_rare_levels(self, found: np.ndarray) -> None:
         """Says which levels of graded rows some steps will not have."""
         present, counts = np.unique(found, return_counts=True)
-        rows = self._step_rows() if self.args.aot_batch == "step" else self.args.train_batch_size
+        rows = self._sorted_rows()
         rare = [
             f"level {level:.2g} ({count} of {len(found)} rows)"
             for level, count in zip(present, counts, strict=True)
@@ -46,16 +47,19 @@ class StratifiedSamplingMixin(Trainer):
                 ", ".join(rare),
             )
 
-    def _step_rows(self) -> int:
-        """Number of rows of an optimizer step, over all ranks."""
+    def _sorted_rows(self) -> int:
+        """Number of rows that are sorted together: those of an optimizer step over all ranks, or of
+        a micro-batch."""
+        if self.args.aot_batch != "step":
+            return self.args.train_batch_size
         accumulation = self.args.gradient_accumulation_steps
         ranks = 1 if self.accelerator.split_batches else self.accelerator.num_processes
         return self.args.train_batch_size * accumulation * ranks
 
     def _refuse_single_rows(self) -> None:
-        per_step = self.args.aot_batch == "step"
-        if (self._step_rows() if per_step else self.args.train_batch_size) > 1:
+        if self._sorted_rows() > 1:
             return
+        per_step = self.args.aot_batch == "step"
         batch = "a step" if per_step else "a micro-batch (`aot_batch: micro_batch`)"
         keys = "`micro_batch_size`" + (" or `gradient_accumulation_steps`" if per_step else "")
         raise ValueError(

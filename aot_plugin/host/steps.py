@@ -205,12 +205,15 @@ class StepsMixin(EvaluationMixin):
             self._one_sided_steps += 1
             if self._one_sided_steps == 1:
                 lacks = "positive" if len(step.u) == 0 else "negative"
+                whole = self.args.aot_batch == "step"
                 LOG.warning(
-                    "step %d holds no %s rows, so there is nothing to compare; "
-                    "`aot/one_sided_steps` counts such steps. A larger effective batch makes them "
-                    "rare",
+                    "%s %d holds no %s rows, so there is nothing to compare; "
+                    "`aot/one_sided_steps` counts such %s. A larger %s makes them rare",
+                    "step" if whole else "a micro-batch of step",
                     self.state.global_step + 1,
                     "other level's" if self._is_graded else lacks,
+                    "steps" if whole else "micro-batches",
+                    "effective batch" if whole else "`micro_batch_size`",
                 )
         else:
             for name, value in self._step_metrics(step).items():

@@ -21,7 +21,7 @@ from harness import (
 )
 from host_process import forked_axolotl
 
-from aot_plugin.host import callbacks, evaluation
+from aot_plugin.host import callbacks, evaluation, steps
 
 pytestmark = pytest.mark.slow
 
@@ -219,6 +219,22 @@ def test_steps_with_one_label_are_counted(tiny_model: Path, tmp_path: Path) -> N
     assert run.logged("aot/one_sided_steps")[-1] == sum(one_sided)
     for loss, skipped in zip(run.logged("loss"), one_sided, strict=True):
         assert (loss == 0) == skipped
+
+
+def test_micro_batches_that_are_sorted_alone_hold_both_labels(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them that holds one label trains nothing. Drawn by step, every second one would."""
+    said: list[str] = []
+    monkeypatch.setattr(steps.LOG, "warning", lambda text, *args: said.append(text % args))
+    keys = {"aot_mode": "unpaired", "aot_batch": "micro_batch", "max_steps": 4}
+    sizes = {"micro_batch_size": 2, "gradient_accumulation_steps": 8}
+    for every, expected in ((2, 0), (4, 16)):
+        data = write_rows(tmp_path / f"{every}.jsonl", unpaired_rows(64, positive_every=every))
+        run = train(config(tiny_model, data, tmp_path / f"{every}", **keys, **sizes))
+        assert run.logged("aot/one_sided_steps")[-1] == expected
+        texts = [text for text in said if "a micro-batch of step 1 holds no positive" in text]
+        assert bool(texts) == bool(expected)
 
 
 def test_each_step_holds_both_labels_in_proportion(tiny_model: Path, tmp_path: Path) -> None:
