@@ -295,7 +295,7 @@ def training_args(cfg: Mapping[str, Any]) -> dict[str, Any]:
         # our loss does not use.
         kwargs["loss_type"] = "apo_zero_unpaired"
         # TRL's KTO takes rows in order, for its KL term. Here they stay in order only if the host's
-        # key says so; otherwise the trainer's sampler gives both labels to each step.
+        # key says so; otherwise the trainer's sampler gives both labels to what is sorted together.
         kwargs.setdefault("train_sampling_strategy", "random")
         # The host sets these two for DPO only. TRL's own default would cut rows at 1024 tokens.
         kwargs["max_length"] = cfg.get("sequence_len")

@@ -167,9 +167,10 @@ def _step(step: Step) -> Iterator[str]:
                 "one, and do the thresholds fit its numbers? `--rows` looks at more rows."
             )
         elif rare := [label for label, number in step.labels.items() if number < 1]:
+            larger = "effective batch" if step.whole else "`micro_batch_size`"
             yield _filled(
                 f"Hint: often there is no {' or '.join(rare)} row to compare with; use a larger "
-                "effective batch."
+                f"{larger}."
             )
 
 

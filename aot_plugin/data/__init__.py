@@ -21,7 +21,7 @@ the host resolves to a function of this package (``strategy_factory``).
     render.py      an example -> the two strings that the model is trained on
     tokens.py      those strings -> token ids, in place of TRL's tokenization
     strategy.py    the above as the batched map that the host calls
-    sampler.py     an order of labelled rows with all labels in every step
+    sampler.py     an order of labelled rows with all labels in what is sorted together
     rendering.py   stores the chat template that a run used, for the report
     accounting.py  counts of kept and dropped rows
     host_types.py  what the host's types without a chat template can't represent

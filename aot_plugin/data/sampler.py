@@ -23,7 +23,8 @@ class StratifiedSampler(Sampler[int]):
 
     Args:
         labels: one number per row: 1 and 0, or levels.
-        block_size: k, the number of rows of one optimizer step over all ranks.
+        block_size: k, the number of rows that are sorted together: those of an optimizer step over
+            all ranks, or of a micro-batch with ``aot_batch: micro_batch``.
         seed: determines the order together with the epoch (``set_epoch``, called by accelerate), so
             a resumed run sees the rows in the same order as an uninterrupted one.
 

@@ -40,21 +40,22 @@ class StratifiedSamplingMixin(Trainer):
         ]
         if rare and len(present) > 2:
             LOG.warning(
-                "with %d rows sorted together, some steps have no rows of %s: there its neighbours "
-                "are compared with each other (`aot/levels` counts the levels of a step); use a "
-                "larger effective batch, or fewer thresholds",
+                "with %d rows sorted together, some of these batches have no rows of %s: there its "
+                "neighbours are compared with each other (`aot/levels` counts the levels of a "
+                "batch); use a larger %s, or fewer thresholds",
                 rows,
                 ", ".join(rare),
+                "effective batch" if self.args.aot_batch == "step" else "`micro_batch_size`",
             )
 
     def _sorted_rows(self) -> int:
         """Number of rows that are sorted together: those of an optimizer step over all ranks, or of
-        a micro-batch."""
+        a micro-batch of one rank."""
+        ranks = self.accelerator.num_processes
+        rows = self.args.train_batch_size // (ranks if self.accelerator.split_batches else 1)
         if self.args.aot_batch != "step":
-            return self.args.train_batch_size
-        accumulation = self.args.gradient_accumulation_steps
-        ranks = 1 if self.accelerator.split_batches else self.accelerator.num_processes
-        return self.args.train_batch_size * accumulation * ranks
+            return rows
+        return rows * ranks * self.args.gradient_accumulation_steps
 
     def _refuse_single_rows(self) -> None:
         if self._sorted_rows() > 1:

@@ -14,7 +14,9 @@ and of a batch of n labelled rows (as many of each label as in all rows, in rand
 positive rows are compared with the negative ones
 
 - ``step``: of the whole batch, sorted
-- ``micro-batches of k``: of the same micro-batch, sorted; one that holds one label has no gradient
+- ``micro-batches of k``: of the same micro-batch, sorted; one that holds one label has no gradient.
+  Both labels are spread over the micro-batches, as `aot_batch: micro_batch` draws them
+- ``micro-batches of k, random``: the same, filled by chance
 
 A line per training step, penalty, n and choice goes into results/gradient.jsonl (or
 gradient_unpaired.jsonl): the mean squared distance, that of the mean gradient (squared bias), and
@@ -43,6 +45,7 @@ from run import RESULTS, ROOT, train
 from sampling import read_jsonl
 from tqdm import tqdm
 
+from aot_plugin.data.sampler import StratifiedSampler
 from aot_plugin.ot.penalties import PENALTIES
 from aot_plugin.ot.transport import transport_value
 
@@ -144,9 +147,16 @@ def of_labelled(
                 found[part] = weights(u[batch[part]], loss) / len(parts)
         return found
 
+    def spread(size: int, batch: np.ndarray) -> np.ndarray:
+        order = np.array(list(StratifiedSampler(positive[batch], size, seed=0)))
+        found = np.empty(len(batch))
+        found[order] = inside(size, batch[order])
+        return found
+
     choices: dict[str, Weights] = {"step": lambda batch: inside(len(batch), batch)}
     for size in MICRO_BATCHES:
-        choices[f"micro-batches of {size}"] = partial(inside, size)
+        choices[f"micro-batches of {size}"] = partial(spread, size)
+        choices[f"micro-batches of {size}, random"] = partial(inside, size)
 
     def draw(rng: np.random.Generator, n: int) -> np.ndarray:
         trues = round(n * positive.mean())

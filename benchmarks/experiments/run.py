@@ -166,7 +166,9 @@ def train(config: dict[str, Any], output: Path, prepared: Path) -> list[dict[str
 
     path = output / "config.yml"
     output.mkdir(parents=True, exist_ok=True)
-    folders = {"output_dir": str(output), "dataset_prepared_path": str(prepared)}
+    # The host shuffles KTO's rows by the seed, and keeps them in a file whose name lacks it.
+    of_seed = prepared / str(config["seed"])
+    folders = {"output_dir": str(output), "dataset_prepared_path": str(of_seed)}
     path.write_text(yaml.safe_dump(config | folders))
     # A run starts as in a process of its own.
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -312,9 +314,10 @@ def training_summary(logged: list[dict[str, Any]]) -> dict[str, Any]:
 
 def trained_before(config: dict[str, Any], output: Path) -> bool:
     """Whether the folder holds an adapter that was trained with the very config."""
-    if not (output / "adapter_model.safetensors").exists():
+    config_of_it = output / "config.yml"
+    if not ((output / "adapter_model.safetensors").exists() and config_of_it.exists()):
         return False
-    kept = yaml.safe_load((output / "config.yml").read_text())
+    kept = yaml.safe_load(config_of_it.read_text())
     return {key: value for key, value in kept.items() if key not in FOLDERS} == config
 
 
@@ -423,6 +426,7 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         folder = self._options.model.outputs / "workers" / str(index)
+        discard_prepared(folder)
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
             "HF_DATASETS_CACHE": str(folder / "cache"),
@@ -440,9 +444,15 @@ class Workers:
         return ours, process
 
 
+def discard_prepared(folder: Path) -> None:
+    """Delete rows that an earlier session prepared: the host tells them by paths, not contents."""
+    shutil.rmtree(folder / "prepared", ignore_errors=True)
+
+
 def in_this_process(
     runs: Iterator[Run], options: Options
 ) -> Iterator[tuple[Run, dict[str, Any] | None, str | None]]:
+    discard_prepared(options.model.outputs)
     for run in runs:
         try:
             yield run, carry_out(run, options, options.model.outputs / "prepared"), None

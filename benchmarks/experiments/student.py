@@ -138,7 +138,7 @@ def main() -> None:
     write_jsonl(OUTPUT / "heldout.jsonl", conversations(rows[::HELD_OUT]))
     rest = [row for place, row in enumerate(rows) if place % HELD_OUT]
     write_jsonl(OUTPUT / "train.jsonl", conversations(rest))
-    # The host would take the rows that it prepared from an earlier corpus.
+    # The host would take rows that it prepared from an earlier corpus: it tells them by paths.
     shutil.rmtree(OUTPUT / "prepared", ignore_errors=True)
     subprocess.run(["axolotl", "train", str(CONFIG)], cwd=ROOT, check=True)
 

@@ -97,7 +97,9 @@ def test_levels_that_a_step_lacks_are_bridged_and_counted(graded: Graded, caplog
     """Steps of 3 rows have 3 of 5 levels; the log names those that will be missing."""
     run = graded.run("few", 1, 3, aot_grades=[2, 3, 4, 5])
     assert all(2 <= found <= 3 for found in run.logged("aot/levels"))
-    assert "with 3 rows sorted together, some steps have no rows of level 0 " in caplog.text
+    assert (
+        "with 3 rows sorted together, some of these batches have no rows of level 0 " in caplog.text
+    )
 
 
 def test_an_evaluation_without_the_highest_level_is_recorded(
