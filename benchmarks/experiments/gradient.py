@@ -10,8 +10,8 @@ with
 - ``pairs``: each pair's own reference margin (sorting inside micro-batches of one pair: DPO)
 - ``data``: the reference's margins of all pairs
 
-and of a batch of n labelled rows (as many of each label as in all rows, in random order) the
-positive rows are compared with the negative ones
+and of a batch of n labelled rows (drawn as `rl: aot` does) the positive rows are compared with the
+negative ones
 
 - ``step``: of the whole batch, sorted
 - ``micro-batches of k``: of the same micro-batch, sorted; one that holds one label has no gradient.
@@ -19,8 +19,12 @@ positive rows are compared with the negative ones
 - ``micro-batches of k, random``: the same, filled by chance
 
 A line per training step, penalty, n and choice goes into results/gradient.jsonl (or
-gradient_unpaired.jsonl): the mean squared distance, that of the mean gradient (squared bias), and
-the mean cosine, the first two in units of the squared norm of the gradient of all rows.
+gradient_unpaired.jsonl): the mean squared distance and that of the mean gradient (squared bias), in
+units of the squared norm of the gradient of all rows; the mean cosine with it, and that of the mean
+gradient. A mean of BATCHES pairs still has their variance over BATCHES; labelled rows are drawn
+without replacement, which leaves less. Micro-batches that train nothing shorten a
+gradient, which makes the distance of a noisy one smaller and means nothing to Adam: compare cosines
+there.
 
     python benchmarks/experiments/gradient.py
     python benchmarks/experiments/gradient.py --unpaired --model student --steps 0 4 8
@@ -34,6 +38,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +56,7 @@ from aot_plugin.ot.transport import transport_value
 
 Cost = Callable[[torch.Tensor], torch.Tensor]
 Weights = Callable[[np.ndarray], np.ndarray]
-Draw = Callable[[np.random.Generator, int], np.ndarray]
+Draw = Callable[[int], Iterator[np.ndarray]]
 LOSSES = (("logistic", 0.1), ("squared_hinge", 10.0), ("least_squares", 10.0))
 PAIRS, LABELLED = (4, 8, 16, 32, 64), (8, 32, 128)
 """Sizes of a batch."""
@@ -115,7 +120,7 @@ def weights(u: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor]) -> np
 def of_pairs(
     u: torch.Tensor, v: torch.Tensor, cost: Cost
 ) -> tuple[np.ndarray, dict[str, Weights], Draw, tuple[int, ...]]:
-    """dL/du of all pairs; that of a batch by choice; how a batch is drawn; its sizes."""
+    """dL/du of all pairs; that of a batch by choice; batches without end of a size; the sizes."""
 
     def sorted_against(other: torch.Tensor, batch: np.ndarray) -> np.ndarray:
         return weights(u[batch], lambda x: transport_value(x, other, cost))
@@ -125,8 +130,13 @@ def of_pairs(
         "pairs": lambda batch: weights(u[batch], lambda x: cost(x - v[batch]).mean()),
         "data": lambda batch: sorted_against(v, batch),
     }
-    of_all = sorted_against(v, np.arange(len(u)))
-    return of_all, choices, lambda rng, n: rng.choice(len(u), n, replace=False), PAIRS
+
+    def draw(n: int) -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(0)
+        while True:
+            yield rng.choice(len(u), n, replace=False)
+
+    return sorted_against(v, np.arange(len(u))), choices, draw, PAIRS
 
 
 def of_labelled(
@@ -147,21 +157,24 @@ def of_labelled(
                 found[part] = weights(u[batch[part]], loss) / len(parts)
         return found
 
-    def spread(size: int, batch: np.ndarray) -> np.ndarray:
-        order = np.array(list(StratifiedSampler(positive[batch], size, seed=0)))
+    def by_chance(size: int, batch: np.ndarray) -> np.ndarray:
+        order = np.random.default_rng(batch).permutation(len(batch))
         found = np.empty(len(batch))
         found[order] = inside(size, batch[order])
         return found
 
     choices: dict[str, Weights] = {"step": lambda batch: inside(len(batch), batch)}
     for size in MICRO_BATCHES:
-        choices[f"micro-batches of {size}"] = partial(spread, size)
-        choices[f"micro-batches of {size}, random"] = partial(inside, size)
+        choices[f"micro-batches of {size}"] = partial(inside, size)
+        choices[f"micro-batches of {size}, random"] = partial(by_chance, size)
+    # Blocks of one row: both labels in proportion in any part of the order.
+    sampler = StratifiedSampler(positive, 1, seed=0)
 
-    def draw(rng: np.random.Generator, n: int) -> np.ndarray:
-        trues = round(n * positive.mean())
-        sides = (np.flatnonzero(positive), trues), (np.flatnonzero(~positive), n - trues)
-        return rng.permutation(np.concatenate([rng.choice(*s, replace=False) for s in sides]))
+    def draw(n: int) -> Iterator[np.ndarray]:
+        for epoch in count():
+            sampler.set_epoch(epoch)
+            order = np.array(list(sampler))
+            yield from order[: len(order) // n * n].reshape(-1, n)
 
     return inside(len(u), np.arange(len(u))), choices, draw, LABELLED
 
@@ -173,12 +186,12 @@ def lines_of(
     norm = of_all @ gram @ of_all
     for size in sizes:
         for against, choice in choices.items():
-            rng = np.random.default_rng(0)  # the same batches for all
             drawn = np.zeros((BATCHES, len(gram)))
-            for w in drawn:
-                batch = draw(rng, size)
+            # The same batches for all choices: draw() begins anew.
+            for w, batch in zip(drawn, draw(size), strict=False):
                 w[batch] = choice(batch)
-            error, bias = drawn - of_all, drawn.mean(axis=0) - of_all
+            mean = drawn.mean(axis=0)
+            error, bias = drawn - of_all, mean - of_all
             squared = np.einsum("bi,ij,bj->b", error, gram, error, optimize=True) / norm
             length = np.einsum("bi,ij,bj->b", drawn, gram, drawn, optimize=True)
             cosine = drawn @ gram @ of_all / np.sqrt(np.maximum(length * norm, 1e-300))
@@ -189,6 +202,9 @@ def lines_of(
                 "standard_error": (squared.std() / BATCHES**0.5).round(3),
                 "squared_bias": (bias @ gram @ bias / norm).round(3),
                 "cosine": cosine.mean().round(3),
+                "cosine_of_mean": (mean @ gram @ of_all / np.sqrt(mean @ gram @ mean * norm)).round(
+                    3
+                ),
                 "cosine_standard_error": (cosine.std() / BATCHES**0.5).round(4),
             }
 
@@ -206,7 +222,7 @@ def main() -> None:
     rows = read_jsonl(source)
     checkpoints, kept = (subject.outputs / f"{name}{suffix}" for name in ("gradvar", "gradient"))
     kept.mkdir(parents=True, exist_ok=True)
-    if not checkpoints.exists():
+    if not (checkpoints / "checkpoint-8").exists():
         entry = {"path": str(source.relative_to(ROOT)), "type": "chat_template.default"}
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
         cfg = subject.base() | saving | {"aot_mode": mode, "datasets": [entry]}
@@ -222,7 +238,7 @@ def main() -> None:
     for step in args.steps:
         data = np.load(kept / f"{step}.npz")
         u = torch.from_numpy(data["u"])
-        for penalty, beta in LOSSES:
+        for penalty, beta in LOSSES[:1] if args.unpaired else LOSSES:
             cost = partial(PENALTIES[penalty], beta=beta)
             if args.unpaired:
                 labels = np.array([row["label"] for row in rows])
