@@ -23,15 +23,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "example_configs" / "quicksta
 
 import torch
 from data import KEPT
+from model import ROOT, Model
 from prompts import TASKS
 from rules import MORE_TASKS, subjects
-from sampling import load, read_jsonl, sample_responses, write_jsonl
+from sampling import read_jsonl, sample_responses, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[2]
-TEACHER = ROOT / "outputs" / "smollm2-135m-instruct"
-OUTPUT = ROOT / "outputs" / "experiments" / "student"
+OUTPUT = Model("student").outputs
 CONFIG = Path(__file__).parent / "models" / "student_sft.yml"
 CHUNK = 256
 """Prompts per file."""
@@ -69,7 +68,7 @@ def chunks() -> list[tuple[Path, list[str]]]:
 def sample(part: int, parts: int) -> None:
     """Sample the chunks of one worker that have no file yet."""
     torch.set_num_threads(1)
-    model, tokenizer = load(TEACHER)
+    model, tokenizer = Model().load()
     for file, prompts in chunks()[part::parts]:
         if file.exists():
             continue
