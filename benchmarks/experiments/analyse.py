@@ -6,18 +6,21 @@ Per sweep it prints:
 
 1. Every setting, over its seeds: mean score, 5, 25 and 50 per cent quantiles of the scores of its
    responses, and divergence, each with a 95 per cent interval (Student's t over seeds).
-2. The same at a given divergence. The runs of one seed that differ in the learning rate (or the
-   number of steps) are a curve; a distribution on it is the mixture of those of the two runs
-   nearest in divergence, so that its mean is interpolated linearly. It says which seeds have no run
-   on one of the two sides. Seeds that lack a run are left out.
-3. At each of these divergences, arms of the same context (beta, responses per step, steps, data)
-   two by two, and each against the model before training: differences of quantiles (first less
-   second), the violation ratio of "the first dominates the second" (0: it does, 1: the second
-   dominates the first) with its upper 95 per cent limit, and the p-values of the hypotheses that
-   the first dominates the second, and the reverse. A small p-value is evidence against dominance;
-   a large one is no proof of it.
+2. Arms of the same context (beta, responses per step, steps, data) two by two, seed by seed: the
+   differences (first less second), averaged over the divergences that both cover, with a 95 per
+   cent interval (Student's t over seeds). The runs of one seed that differ in the learning rate (or
+   the number of steps) are a curve. A distribution on it is the mixture of those of the two runs
+   nearest in divergence, in shares that are linear in the divergence's root, since the score nearly
+   is (Gao, Schulman and Hilton, 2023, arXiv 2210.10760). Seeds that lack a run are left out.
+   --from-base begins every curve at the model before training.
+3. Mean and quantiles at given divergences. It says which seeds have no run on one of the two sides.
+4. At each of these divergences, arms two by two, and each against the model before training:
+   differences of quantiles, the violation ratio of "the first dominates the second" (0: it does, 1:
+   the second dominates the first) with its upper 95 per cent limit, and the p-values of the
+   hypotheses that the first dominates the second, and the reverse. A small p-value is evidence
+   against dominance; a large one is no proof of it.
 
-Intervals and tests of 3. resample prompts (the same for both arms) and seeds (of each arm), since
+Intervals and tests of 4. resample prompts (the same for both arms) and seeds (of each arm), since
 responses to one prompt and responses of one run depend on each other. Quantiles and ratios are
 those of aot_plugin.ot; the test is the recentred bootstrap of ot.order_tests on these clusters.
 With --figures, quantile curves at each divergence are drawn.
@@ -41,6 +44,9 @@ from aot_plugin.ot.order_tests import violation_ratio
 
 HERE = Path(__file__).parent
 PERCENTS = (5, 25, 50)
+QUANTILES = [f"{percent} %" for percent in PERCENTS]
+PLACES = 11
+"""Divergences over which differences are averaged, the two ends included (and not used)."""
 AXES = {"paired_steps": "max_steps"}
 """By sweep: the key along which runs are a curve; otherwise the learning rate."""
 BASE = "before training"
@@ -125,8 +131,8 @@ def arms_of(rows: list[dict[str, Any]], axis: str) -> list[Arm]:
 
 
 def whole_curves(arm: Arm) -> dict[int, list[dict[str, Any]]]:
-    """Those of the seeds that have all runs. Over a gap the score would come out too low, since it
-    is concave in the divergence."""
+    """Those of the seeds that have all runs. Over a wide gap the score would come out too low,
+    since it is a little concave in the divergence's root."""
     runs = max(map(len, arm.curves.values()))
     return {seed: curve for seed, curve in arm.curves.items() if len(curve) == runs > 1}
 
@@ -135,10 +141,42 @@ def at_divergence(curve: list[dict[str, Any]], kl: float) -> Distribution | None
     """The distribution of a seed's curve at a divergence; None outside its runs' range."""
     for low, high in pairwise(curve):
         if low["kl"] <= kl <= high["kl"]:
-            share = (kl - low["kl"]) / ((high["kl"] - low["kl"]) or 1.0)
+            start, place, end = np.sqrt(np.maximum([low["kl"], kl, high["kl"]], 0.0))
+            share = (place - start) / ((end - start) or 1.0)
             scores = np.array([low["scores"], high["scores"]])
             return Distribution(scores, np.array([1.0 - share, share]))
     return None
+
+
+def gaps_of_seeds(first: Arm, second: Arm) -> list[tuple[float, float, np.ndarray]]:
+    """By seed that both have: the divergences that both cover, from and to, and the differences of
+    mean and quantiles, averaged over them (evenly in the root)."""
+    found = []
+    for seed in sorted(first.curves.keys() & second.curves.keys()):
+        a, b = first.curves[seed], second.curves[seed]
+        low, high = max(a[0]["kl"], b[0]["kl"]), min(a[-1]["kl"], b[-1]["kl"])
+        places = np.linspace(max(low, 0.0) ** 0.5, max(high, 0.0) ** 0.5, PLACES)[1:-1] ** 2
+        both = [(at_divergence(a, kl), at_divergence(b, kl)) for kl in places if low < high]
+        gaps = [statistics([x]) - statistics([y]) for x, y in both if x and y]
+        if gaps:
+            found.append((low, high, np.mean(gaps, axis=0)))
+    return found
+
+
+def averaged(arms: list[Arm], all_pairs: bool) -> str:
+    """The table of gaps_of_seeds."""
+    lines = []
+    for a, b in pairs_of(arms, all_pairs):
+        if found := gaps_of_seeds(a, b):
+            low, high, gaps = zip(*found, strict=True)
+            columns = [interval(column) for column in np.array(gaps).T]
+            where = f"{np.mean(low):.1f} to {np.mean(high):.1f}"
+            lines.append([f"{a.label} - {b.label}", str(len(found)), where, *columns])
+    return table(["first - second", "seeds", "nats", "mean", *QUANTILES], lines)
+
+
+def pairs_of(arms: list[Arm], all_pairs: bool) -> list[tuple[Arm, Arm]]:
+    return [(a, b) for a, b in combinations(arms, 2) if all_pairs or a.context == b.context]
 
 
 def whole(row: dict[str, Any]) -> Distribution:
@@ -199,8 +237,7 @@ def settings_table(arms: list[Arm], base: dict[str, Any] | None, axis: str) -> s
             lines.append(
                 [arm.label, str(place), str(len(rows)), *columns, interval(kls(rows), 1), words]
             )
-    quantiles = [f"{percent} %" for percent in PERCENTS]
-    return table(["arm", axis, "seeds", "mean score", *quantiles, "KL, nats", "words"], lines)
+    return table(["arm", axis, "seeds", "mean score", *QUANTILES, "KL, nats", "words"], lines)
 
 
 def kls(rows: Sequence[dict[str, Any]]) -> list[float]:
@@ -224,8 +261,7 @@ def matched(arms: list[Arm], kl: float) -> tuple[str, dict[str, list[Distributio
         lines.append([arm.label, seeds, *columns, note])
         if those:
             found[arm.label] = those
-    quantiles = [f"{percent} %" for percent in PERCENTS]
-    return table(["arm", "seeds", "mean score", *quantiles, "not covered"], lines), found
+    return table(["arm", "seeds", "mean score", *QUANTILES, "not covered"], lines), found
 
 
 def draws(
@@ -280,18 +316,13 @@ def comparisons(
     args: argparse.Namespace,
 ) -> str:
     present = [arm for arm in arms if arm.label in found]
-    pairs = [
-        (a.label, b.label)
-        for a, b in combinations(present, 2)
-        if args.all_pairs or a.context == b.context
-    ]
+    pairs = [(a.label, b.label) for a, b in pairs_of(present, args.all_pairs)]
     if base is not None:
         found = found | {BASE: [whole(base)]}
         pairs += [(arm.label, BASE) for arm in present]
     lines = [[f"{a} - {b}", *compare(found[a], found[b], args.resamples)] for a, b in pairs]
-    names = ["mean", *(f"{percent} %" for percent in PERCENTS)]
-    head = ["first - second", *names, "violation ratio", "p: first dominates", "p: second does"]
-    return table(head, lines)
+    tests = ["violation ratio", "p: first dominates", "p: second does"]
+    return table(["first - second", "mean", *QUANTILES, *tests], lines)
 
 
 def draw(
@@ -352,6 +383,10 @@ def analyse(sweep: str, args: argparse.Namespace, say: Callable[[str], None]) ->
     if left_out:
         say(f"\nWithout the seeds {sorted(left_out)}, which lack runs:")
     curves = [arm for arm in curves if arm.curves]
+    if args.from_base and base is not None:
+        begun = [{seed: [base, *curve] for seed, curve in arm.curves.items()} for arm in curves]
+        curves = [arm._replace(curves=each) for arm, each in zip(curves, begun, strict=True)]
+    say(f"\n{averaged(curves, args.all_pairs)}")
     for kl in args.kl or common_divergences(curves) if curves else []:
         text, found = matched(curves, kl)
         say(f"\n### {sweep} at {kl:g} nats\n\n{text}")
@@ -369,6 +404,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--kl", type=float, nargs="+", help="divergences; default: three in range")
     parser.add_argument("--resamples", type=int, default=500)
+    parser.add_argument(
+        "--from-base", action="store_true", help="curves begin at the model before training"
+    )
     parser.add_argument("--all-pairs", action="store_true", help="compare arms of all contexts")
     parser.add_argument("--figures", type=Path, help="folder of the figures; none if left out")
     args = parser.parse_args()

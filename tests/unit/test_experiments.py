@@ -48,11 +48,11 @@ def line(kl: float, mean: float, random: np.random.Generator) -> dict[str, Any]:
     return {"kl": kl, "scores": random.normal(mean, 0.3, (8, 4)).tolist()}
 
 
-def test_mean_is_interpolated_linearly_between_two_runs(scripts: Any) -> None:
+def test_mean_is_interpolated_linearly_in_the_divergences_root(scripts: Any) -> None:
     _, analyse = scripts
     random = np.random.default_rng(0)
     low, high = line(1.0, 0.2, random), line(5.0, 0.6, random)
-    found = analyse.at_divergence([low, high], 2.0)
+    found = analyse.at_divergence([low, high], (0.75 + 0.25 * 5.0**0.5) ** 2)
     expected = 0.75 * np.mean(low["scores"]) + 0.25 * np.mean(high["scores"])
     assert analyse.statistics([found])[0] == pytest.approx(expected)
     at_end = analyse.at_divergence([low, high], 5.0)
@@ -62,6 +62,26 @@ def test_mean_is_interpolated_linearly_between_two_runs(scripts: Any) -> None:
     )
     assert analyse.at_divergence([low, high], 5.1) is None
     assert analyse.at_divergence([low, high], 0.9) is None
+
+
+def test_gaps_are_averaged_over_the_divergences_that_both_curves_of_a_seed_cover(
+    scripts: Any,
+) -> None:
+    _, analyse = scripts
+    noise = np.random.default_rng(2).normal(0.0, 0.3, (8, 4))
+
+    def arm(ahead: float, ranges: dict[int, tuple[float, ...]]) -> Any:
+        curves = {
+            seed: [{"kl": kl, "scores": (noise + ahead + 0.1 * kl**0.5).tolist()} for kl in kls]
+            for seed, kls in ranges.items()
+        }
+        return analyse.Arm("", (), curves)
+
+    first = arm(0.2, {1: (1.0, 9.0, 16.0), 2: (4.0, 9.0), 3: (1.0, 2.0), 4: (1.0, 2.0)})
+    second = arm(0.0, {1: (4.0, 25.0), 2: (1.0, 16.0), 3: (3.0, 4.0)})
+    (low, high, gaps), (*_, others) = analyse.gaps_of_seeds(first, second)
+    assert (low, high) == (4.0, 16.0)
+    assert gaps[0] == pytest.approx(0.2) and others[0] == pytest.approx(0.2)
 
 
 def test_a_shifted_sample_dominates_and_is_not_dominated(scripts: Any) -> None:
