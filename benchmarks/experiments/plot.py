@@ -61,24 +61,28 @@ def errorbar(axes: Any, runs: Rows, x: list[float], **style: Any) -> None:
     axes.errorbar(x, scores, yerr=errors, elinewidth=0.7, **style)
 
 
-def methods(rows: Rows) -> None:
-    """A curve per method: over learning rates, and at that of methods.yml over seeds."""
-    seeds, rates = by(rows, method), by(read("learning_rate"), method)
+def matched(rows: Rows) -> None:
+    """A curve per method over learning rates: means over seeds, with the lowest and the highest."""
     figure, axes = plt.subplots(figsize=(7, 4.8))
     base_line(axes, rows)
-    for index, (name, (marker, dash)) in enumerate(zip(sorted(seeds), STYLES, strict=False)):
-        middle = {key: float(np.mean([run[key] for run in seeds[name]])) for key in ("kl", "score")}
-        curve = sorted([middle, *rates[name]], key=lambda run: run["kl"])
-        color = f"C{index}"
-        axes.plot([r["kl"] for r in curve], [r["score"] for r in curve], dash, color=color)
-        for runs, face in ((seeds[name], color), (rates[name], "white")):
-            label = f"{name}, {len(runs)} seeds" if runs is seeds[name] else None
-            style = {"fmt": marker, "color": color, "markerfacecolor": face, "label": label}
-            errorbar(axes, runs, [run["kl"] for run in runs], **style)
-    axes.set(xlabel="KL(policy | reference) in nats per response", ylabel=SCORE, xscale="log")
-    axes.set_title("Four steps; filled: learning rate 0.001, open: others, one seed")
+    for index, (name, runs) in enumerate(sorted(by(rows, method).items())):
+        marker, dash = STYLES[index]
+        at_rate: dict[float, Rows] = defaultdict(list)
+        for run in runs:
+            at_rate[run["changes"].get("learning_rate", 0.001)].append(run)
+        points = [[(run["kl"], run["score"]) for run in at_rate[r]] for r in sorted(at_rate)]
+        x, y = np.array([np.mean(point, axis=0) for point in points]).T
+        axes.plot(x, y, marker + dash, color=f"C{index}", label=f"{name}, {len(points[0])} seeds")
+        for point in points:
+            scores = [score for _, score in point]
+            place = float(np.mean([kl for kl, _ in point]))
+            axes.vlines(place, min(scores), max(scores), color=f"C{index}", linewidth=0.7)
+    axes.set_xscale("function", functions=(np.sqrt, np.square))
+    axes.set_xticks([0, 0.5, 2, 5, 10, 20, 30])
+    axes.set(xlabel="KL(policy | reference) in nats per response (root scale)", ylabel=SCORE)
+    axes.set_title("Four steps at learning rates 0.0003, 0.0006, 0.001 and 0.002")
     axes.legend(loc="upper left")
-    save(figure, "methods")
+    save(figure, "matched")
 
 
 def beta(rows: Rows) -> None:
@@ -158,7 +162,7 @@ def rate(rows: Rows) -> None:
 
 
 def main() -> None:
-    for draw in (methods, batch, beta, steps, rate):
+    for draw in (matched, batch, beta, steps, rate):
         rows = read(draw.__name__)
         if rows:
             draw(rows)

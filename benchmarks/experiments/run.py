@@ -1,12 +1,12 @@
 """The paper's experiments at a small scale: train every config of a sweep, sample, and measure.
 
-The sweeps are the host's (`axolotl train base.yml --sweep methods.yml` trains the same configs);
+The sweeps are the host's (`axolotl train base.yml --sweep matched.yml` trains the same configs);
 this script adds what comes after training. Responses to held-out prompts are sampled from the
 trained model and scored by the rule that ranked the training data (rules.py; by default VADER, in
 [-1, 1]). The divergence KL(policy | reference), in nats per response, is taken along them, token by
 token. A line per run goes into results/SWEEP.jsonl; a run that has its line is not repeated.
 
-    python benchmarks/experiments/run.py methods
+    python benchmarks/experiments/run.py beta
     python benchmarks/experiments/run.py matched unpaired_batch --workers 12 --responses 16
     python benchmarks/experiments/run.py kto --model student --workers 2 --responses 16
 
