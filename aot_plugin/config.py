@@ -116,6 +116,14 @@ class AOTInputArgs(BaseModel):
             "TRL's `aot` does). Default `step`."
         },
     )
+    aot_draw: Literal["proportional", "balanced"] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "How labelled rows are drawn into a step: `proportional` to the data, "
+            "or `balanced`, all labels or levels in equal numbers; an epoch then repeats the rows "
+            "of rare ones. Only with `aot_mode: unpaired`. Default `proportional`."
+        },
+    )
     aot_report: bool | None = Field(
         default=None,
         json_schema_extra={
@@ -163,6 +171,7 @@ class AOTOptions:
     aot_score: str = "sum"
     aot_sft_weight: float = 0.0
     aot_batch: str = "step"
+    aot_draw: str = "proportional"
     aot_report: bool = True
     aot_samples: int = 0
 
@@ -249,6 +258,7 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
             )
     if args.aot_sort_epsilon is not None and args.aot_sort != "soft":
         raise ValueError("`aot_sort_epsilon` needs `aot_sort: soft`")
+    _check_draw(cfg, args)
     _check_row_weights(cfg, args)
     if args.aot_grades is not None:
         _check_grades(args)
@@ -343,6 +353,21 @@ def _check_entries(cfg: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"`{where}[{index}]` must be a mapping with `path` and `type`, not {entry!r}"
                 )
+
+
+def _check_draw(cfg: Mapping[str, Any], args: AOTInputArgs) -> None:
+    if args.aot_draw != "balanced":
+        return
+    if args.aot_mode != "unpaired":
+        raise ValueError(
+            "`aot_draw: balanced` draws labels in equal numbers, and pairs have none; write "
+            "`aot_mode: unpaired`, or remove it"
+        )
+    if cfg.get("curriculum_sampling"):
+        raise ValueError(
+            "`curriculum_sampling: true` takes rows in their order, and `aot_draw: balanced` in an "
+            "order of its own: keep one of them"
+        )
 
 
 def _check_row_weights(cfg: Mapping[str, Any], args: AOTInputArgs) -> None:

@@ -111,6 +111,9 @@ class Step:
         whole: whether all of it is sorted together, not each micro-batch.
         paired: whether its rows are pairs.
         labels: expected rows of each label or level among those that are sorted together.
+        balanced: whether labels are drawn in equal numbers.
+        variance: of a step's gradient with labels in the proportion of the data, over that with
+            equal numbers.
     """
 
     micro_batch: int
@@ -119,6 +122,8 @@ class Step:
     whole: bool
     paired: bool
     labels: Mapping[str, float]
+    balanced: bool = False
+    variance: float = 1.0
 
     @property
     def rows(self) -> int:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from ..config import AOTOptions, evaluates
 from ..data.rendering import FILE as RENDERING
+from ..data.sampler import variance_ratio
 from ..ot.losses import PairedLogps, StepLogps, UnpairedLogps
 from ..report.scores import DIRECTORY
 from ..scoring.cost import Cost
@@ -36,7 +37,7 @@ def settings(cfg: Any) -> dict[str, object]:
 
 
 def step_facts(cfg: Any, ranks: int, train: Sequence[Entry]) -> Step:
-    """What a step of a run consists of; labels in proportion to the rows of its entries."""
+    """What a step of a run consists of; labels by the rows of its entries and ``aot_draw``."""
     step = Step(
         micro_batch=int(cfg.micro_batch_size),
         accumulation=int(cfg.gradient_accumulation_steps),
@@ -52,9 +53,16 @@ def step_facts(cfg: Any, ranks: int, train: Sequence[Entry]) -> Step:
         counts = entry.counts
         by_level = {f"level {level:.2g}": n for level, n in entry.levels.items()}
         rows.update(by_level or {"positive": counts.positive, "negative": counts.negative})
-    total = sum(rows.values())
-    labels = {label: step.together * n / total for label, n in rows.items()} if total else {}
-    return replace(step, labels=labels)
+    if not (total := sum(rows.values())):
+        return step
+    shares = {label: n / total for label, n in rows.items()}
+    present = [label for label, share in shares.items() if share]
+    ratio = variance_ratio([shares[label] for label in present])
+    balanced = cfg["aot_draw"] == "balanced"
+    if balanced:
+        shares = {label: (label in present) / len(present) for label in shares}
+    labels = {label: step.together * share for label, share in shares.items()}
+    return replace(step, labels=labels, balanced=balanced, variance=ratio)
 
 
 def memory_facts(

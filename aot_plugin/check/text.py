@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from ..data.accounting import table
+from ..data.sampler import NOTABLE
 from .facts import Entry, Facts, Lengths, Logged, Memory, Part, Shown, Step
 
 WIDTH = 100
@@ -159,7 +160,8 @@ def _step(step: Step) -> Iterator[str]:
         yield _filled(f"Hint: one {noun} alone {alone}; write a larger `{key}`.")
     if step.labels:
         each = ", ".join(f"{number:.3g} {label}" for label, number in step.labels.items())
-        yield _filled(f"On average {each}, in the proportion of the rows looked at.")
+        how = "equal numbers" if step.balanced else "the proportion of the rows looked at"
+        yield _filled(f"On average {each}, in {how}.")
         present = [label for label, number in step.labels.items() if number]
         if len(present) == 1:
             yield _filled(
@@ -169,8 +171,13 @@ def _step(step: Step) -> Iterator[str]:
         elif rare := [label for label, number in step.labels.items() if number < 1]:
             larger = "effective batch" if step.whole else "`micro_batch_size`"
             yield _filled(
-                f"Hint: often there is no {' or '.join(rare)} row to compare with; use a larger "
-                f"{larger}."
+                f"Hint: often there is no {' or '.join(rare)} row to compare with; write "
+                f"`aot_draw: balanced`, or use a larger {larger}."
+            )
+        if step.variance > NOTABLE and not step.balanced:
+            yield _filled(
+                "Hint: `aot_draw: balanced` draws the labels in equal numbers, which divides the "
+                f"variance of a step's gradient by about {step.variance:.2g}."
             )
 
 

@@ -22,7 +22,10 @@ def level_of(row: dict[str, Any]) -> float:
 
 def label_in_words(row: dict[str, Any]) -> str:
     """What a prepared row is called: "positive", "negative" or its level."""
-    level = level_of(row)
+    return level_in_words(level_of(row))
+
+
+def level_in_words(level: float) -> str:
     return {0.0: "negative", 1.0: "positive"}.get(level, f"level {level:.2g}")
 
 

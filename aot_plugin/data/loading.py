@@ -33,9 +33,10 @@ from .accounting import RowCounts, check_labels, count_rows, table
 from .blame import BadRow, check_host_type, naming_the_row
 from .images import check_images, has_images, with_turns
 from .labels import Drop
-from .levels import LEVEL, label_in_words
+from .levels import LEVEL, label_in_words, levels
 from .mixing import is_mixed, rows_taken
 from .rendering import save_rendering
+from .sampler import rows_per_epoch
 from .strategy import arranged, transform_for
 from .tokens import COMPLETIONS, ids_columns, is_text
 from .weights import WEIGHT, weighed
@@ -90,12 +91,14 @@ def load_datasets(cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta":
         if meta.eval_dataset is not None:
             meta.eval_dataset = without_identical(meta.eval_dataset, "test")
     _refuse_empty(meta.train_dataset, cfg, "train")
-    meta.total_num_steps = _steps(len(meta.train_dataset), cfg)
     for split, dataset in (("train", meta.train_dataset), ("test", meta.eval_dataset)):
         _refuse_lost_weights(dataset, cfg, split)
+    rows = len(meta.train_dataset)
     if unpaired:
         LOG.info("training on %s", check_labels(meta.train_dataset))
         _warn_of_one_label(meta.eval_dataset)
+        rows = rows_per_epoch(levels(meta.train_dataset), cfg["aot_draw"] == "balanced")
+    meta.total_num_steps = _steps(rows, cfg)
     if tokenizer is not None and meta.eval_dataset is not None:
         _warn_of_trained_prompts(meta.train_dataset, meta.eval_dataset, cfg["aot_mode"])
     return meta

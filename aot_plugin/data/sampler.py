@@ -1,4 +1,4 @@
-"""Batches that hold all labels in the proportion of the data."""
+"""Batches that hold all labels, in the proportion of the data or in equal numbers."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -8,9 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+NOTABLE = 1.5
+"""A ``variance_ratio`` that is worth a hint: of two labels one has 21 per cent of the rows."""
+
 
 class StratifiedSampler(Sampler[int]):
-    """A random order of all rows in which each run of k rows holds all labels in proportion.
+    """A random order of all rows in which each run of k rows holds all labels in proportion, or as
+    often as each other.
 
     The rows of each label are shuffled separately and merged so that among the first i rows the
     number of each differs from i p (p: its share of the data) by at most 1 - 1 / (2 (K - 1)), K the
@@ -21,32 +25,43 @@ class StratifiedSampler(Sampler[int]):
 
     Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
 
+    ``balanced``: p = 1 / K for all labels. An epoch has each row of the most frequent label once.
+    Those of another one, with c rows, come in passes over all of them, each in an order of its own,
+    and the last pass is cut short. So a row comes a second time only after the others of its label.
+
     Args:
         labels: one number per row: 1 and 0, or levels.
         block_size: k, the number of rows that are sorted together: those of an optimizer step over
             all ranks, or of a micro-batch with ``aot_batch: micro_batch``.
         seed: determines the order together with the epoch (``set_epoch``, called by accelerate), so
             a resumed run sees the rows in the same order as an uninterrupted one.
+        balanced: whether labels come in equal numbers rather than in the proportion of the data.
 
     Raises:
         ValueError: if there are no rows.
     """
 
     def __init__(
-        self, labels: Sequence[float] | NDArray[np.float64], block_size: int, seed: int
+        self,
+        labels: Sequence[float] | NDArray[np.float64],
+        block_size: int,
+        seed: int,
+        balanced: bool = False,
     ) -> None:
         if not len(labels):
             raise ValueError("there are no rows to train on: all of the data set was dropped")
         self.labels = torch.as_tensor(labels, dtype=torch.float64)
         self.block_size = block_size
         self.seed = seed
+        self.balanced = balanced
         self.epoch = 0
+        self._rows = rows_per_epoch(self.labels.numpy(), balanced)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self._rows
 
     @cached_property
     def _places(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -54,16 +69,42 @@ class StratifiedSampler(Sampler[int]):
         level first."""
         levels, of_level = self.labels.unique(return_inverse=True)
         rows = [(of_level == level).nonzero()[:, 0] for level in reversed(range(len(levels)))]
-        turns = torch.tensor(_turns([len(part) for part in rows]))
+        counts = [len(part) for part in rows]
+        turns = torch.tensor(_turns([max(counts)] * len(rows) if self.balanced else counts))
         return [(turns == level, part) for level, part in enumerate(rows)]
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.empty(len(self.labels), dtype=torch.int64)
+        order = torch.empty(len(self), dtype=torch.int64)
         for places, part in self._places:
-            order[places] = part[torch.randperm(len(part), generator=generator)]
+            count = int(places.sum())
+            passes = range(-(-count // len(part)))
+            drawn = [torch.randperm(len(part), generator=generator) for _ in passes]
+            order[places] = part[torch.cat(drawn)[:count]]
         for block in order.split(self.block_size):
             yield from block[torch.randperm(len(block), generator=generator)].tolist()
+
+
+def rows_per_epoch(labels: NDArray[np.float64], balanced: bool) -> int:
+    """Number of rows that an epoch of ``StratifiedSampler`` reads."""
+    if not balanced:
+        return len(labels)
+    counts = np.unique(labels, return_counts=True)[1]
+    return int(len(counts) * counts.max())
+
+
+def variance_ratio(shares: Sequence[float] | NDArray[np.float64]) -> float:
+    """Variance of a step's gradient over that of a step with all labels in equal numbers.
+
+    The gradient is a sum of one mean per label. If the rows of all labels vary alike, the variance
+    of a mean of k p rows is proportional to 1 / p, so the ratio is the mean of 1 / (K p) over the K
+    labels: 1 if they are equal.
+
+    Args:
+        shares: p of each label, all above 0.
+    """
+    p = np.asarray(shares, dtype=np.float64)
+    return float((1.0 / (len(p) * p)).mean())
 
 
 def _turns(counts: Sequence[int]) -> list[int]:

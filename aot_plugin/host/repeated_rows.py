@@ -19,7 +19,7 @@ def distinct_rows(total: int, size: int, ranks: int) -> list[int]:
     """How many rows of each rank's last micro-batch of an epoch are not repeated.
 
     Args:
-        total: number of rows in the dataset.
+        total: number of rows of an epoch.
         size: number of rows of a micro-batch on one rank.
         ranks: number of ranks.
 
@@ -63,7 +63,7 @@ def without_repeated_rows(trainer: Any, batch: MicroBatch) -> int:
         return 0
     per_row = trainer._step_class.sequences_per_row
     size = len(batch) // per_row
-    distinct = distinct_rows(len(trainer.train_dataset), size, ranks)
+    distinct = distinct_rows(trainer._epoch_rows or len(trainer.train_dataset), size, ranks)
     # If a row has several sequences, the batch consists of as many blocks, each with one sequence
     # of every row.
     places = torch.arange(size, device=batch.mass.device).repeat(per_row)

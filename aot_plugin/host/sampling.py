@@ -7,7 +7,8 @@ from axolotl.utils.logging import get_logger
 from transformers import Trainer
 
 from ..data import levels
-from ..data.sampler import StratifiedSampler
+from ..data.levels import level_in_words
+from ..data.sampler import NOTABLE, StratifiedSampler, variance_ratio
 
 LOG = get_logger("axolotl.aot_plugin.sampling")
 
@@ -17,6 +18,7 @@ class StratifiedSamplingMixin(Trainer):
     ``aot_batch: micro_batch`` every micro-batch."""
 
     args: Any
+    _epoch_rows: int | None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """A sampler of batches with all labels, unless the YAML asks for another order."""
@@ -25,9 +27,15 @@ class StratifiedSamplingMixin(Trainer):
             return super()._get_train_sampler(train_dataset)
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        found = levels(dataset)
-        self._warn_of_rare_levels(found)
-        return StratifiedSampler(found, self._sorted_rows(), seed)
+        found, balanced = levels(dataset), self.args.aot_draw == "balanced"
+        sampler = StratifiedSampler(found, self._sorted_rows(), seed, balanced)
+        self._epoch_rows = len(sampler)
+        if balanced:
+            _log_repetitions(found, len(sampler))
+        else:
+            _log_unevenness(found)
+            self._warn_of_rare_levels(found)
+        return sampler
 
     def _warn_of_rare_levels(self, found: np.ndarray) -> None:
         """Says which levels of graded rows some steps will not have."""
@@ -42,7 +50,7 @@ class StratifiedSamplingMixin(Trainer):
             LOG.warning(
                 "with %d rows sorted together, some of these batches have no rows of %s: there its "
                 "neighbours are compared with each other (`aot/levels` counts the levels of a "
-                "batch); use a larger %s, or fewer thresholds",
+                "batch); write `aot_draw: balanced`, or use a larger %s, or fewer thresholds",
                 rows,
                 ", ".join(rare),
                 "effective batch" if self.args.aot_batch == "step" else "`micro_batch_size`",
@@ -66,4 +74,29 @@ class StratifiedSamplingMixin(Trainer):
         raise ValueError(
             f"{batch} of one row has no other label to compare with, so nothing would be trained: "
             f"raise {keys} (the more rows are sorted together, the better)"
+        )
+
+
+def _log_repetitions(found: np.ndarray, rows: int) -> None:
+    """Says how often an epoch with balanced labels reads the rows of each label."""
+    present, counts = np.unique(found, return_counts=True)
+    each = rows // len(counts)
+    times = ", ".join(
+        f"those of the {count:,} {level_in_words(level)} rows {each / count:.3g} times"
+        for level, count in zip(present[::-1], counts[::-1], strict=True)
+        if count < each
+    )
+    if times:
+        LOG.info("`aot_draw: balanced`: an epoch has %d rows, and reads %s", rows, times)
+
+
+def _log_unevenness(found: np.ndarray) -> None:
+    """Says by how much equal numbers of the labels would lower the variance of a step, if much."""
+    counts = np.unique(found, return_counts=True)[1]
+    ratio = variance_ratio(counts / counts.sum())
+    if ratio > NOTABLE:
+        LOG.info(
+            "the labels are uneven: with `aot_draw: balanced`, which draws them in equal numbers, "
+            "the gradient of a step would have about 1/%.2g of the variance (docs/choosing.md)",
+            ratio,
         )

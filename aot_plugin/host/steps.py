@@ -52,6 +52,7 @@ class StepsMixin(EvaluationMixin):
     _resumed_from: Path | None = None
     _said_of_random_rows: dict[str, Any] | None = None
     _is_graded = False  # set by RowColumnsMixin
+    _epoch_rows: int | None = None  # set by StratifiedSamplingMixin
 
     @cached_property
     def _engine(self) -> StepEngine:

@@ -216,6 +216,13 @@ def test_hints(check: Any, entry: Any) -> None:
     assert "Hint: one pair alone" in text and "each micro-batch of each rank, 1 pair." in text
     rare = [{**row, "label": i == 0} for i, row in enumerate(LABELLED)]
     assert "Hint: often there is no positive row" in plain(check([entry(rare)]))
+    assert "which divides the variance of a step's gradient by about 2.5" in plain(
+        check([entry(rare)])
+    )
+    cut = {"micro_batch_size": 4, "gradient_accumulation_steps": 2}
+    even = plain(check([entry(rare)], aot_draw="balanced", **cut))
+    assert "On average 4 positive, 4 negative, in equal numbers." in even
+    assert "Hint: often" not in even and "`aot_draw: balanced` draws" not in even
     bad = [{**row, "label": i == 8} for i, row in enumerate(LABELLED)]
     assert "Hint: all of the rows looked at are negative." in plain(check([entry(bad)], rows=8))
     stars = [{**row, "label": 5} for row in LABELLED]

@@ -60,6 +60,7 @@ def effective(key: str, value: Any) -> Any:
         "aot_mode": ("paired", "unpaired"),
         "aot_sort": ("hard", "soft"),
         "aot_batch": ("step", "micro_batch"),
+        "aot_draw": ("proportional", "balanced"),
         "aot_penalty": ("logistic", "squared_hinge", "least_squares"),
         "aot_loss": ("transport",),
         "aot_order": ("first", "second"),
@@ -102,6 +103,7 @@ def test_any_value_of_our_keys(key: str, value: Any, validated: Any) -> None:
     needed = {
         "aot_sort_epsilon": {"aot_sort": "soft"},
         "aot_samples": {"val_set_size": 2, "eval_steps": 1},
+        "aot_draw": {"aot_mode": "unpaired", "remove_unused_columns": None},
         "aot_grades": {"aot_mode": "unpaired", "datasets": [rated]},
     }
     keys = needed.get(key, {})

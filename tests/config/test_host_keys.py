@@ -176,6 +176,20 @@ def test_settings_of_lengths_that_contradict_each_other(
         loaded(**keys)
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"aot_mode": "paired"}, "pairs have none; write `aot_mode: unpaired`, or remove it"),
+        ({"aot_mode": "unpaired", "curriculum_sampling": True}, "keep one of them"),
+    ],
+)
+def test_balanced_labels_need_labels_and_an_order_of_their_own(
+    keys: dict[str, Any], said: str, loaded: Any
+) -> None:
+    with pytest.raises(ValueError, match=f"`aot_draw: balanced` .*{said}"):
+        loaded(aot_draw="balanced", **keys)
+
+
 def test_two_values_of_beta_are_refused(loaded: Any) -> None:
     """Axolotl would take `trl.beta` and drop the other."""
     with pytest.raises(ValueError, match=r"`rl_beta: 0\.1` and `trl\.beta: 0\.5` are the same"):

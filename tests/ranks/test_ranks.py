@@ -49,6 +49,9 @@ CUTS = {
 }
 """(micro-batches, rows) of a rank in a full step, and of both ranks in the last one."""
 
+BALANCED = {"aot_draw": "balanced", "data": "unpaired-21"}
+"""7 positives and 14 negatives: an epoch of 28 rows, a step of 16 and one of 12."""
+
 REFUSED = ("even_batches", "dispatch_batches")
 """Keys of `accelerator_config` under which a step can't be whole on several ranks."""
 
@@ -129,6 +132,7 @@ class Bench:
             make(f"{mode}-not_finite", mode, *((4, 2) if mode == "paired" else (8, 1)))
             split = {"accelerator_config": {"split_batches": True}}
             make(f"{mode}-split", mode, 8, 2, **split)
+        make("unpaired-balanced", "unpaired", 8, 1, **BALANCED)
         for name in REFUSED:
             refused = {name: name == "dispatch_batches"}
             make(f"paired-{name}", "paired", 8, 1, accelerator_config=refused)
@@ -230,6 +234,12 @@ def test_micro_batches_that_accelerate_divides_among_the_ranks(
     mode: str, bench: Bench, whole: Callable[[str], Run]
 ) -> None:
     assert_same(bench.run(f"{mode}-split"), whole(mode), tolerance=ROUNDING)
+
+
+def test_balanced_labels_make_an_epoch_longer_than_the_data(bench: Bench) -> None:
+    whole = bench.single("unpaired", "-balanced", **BALANCED)
+    assert whole.logged("aot/sorted_u") == whole.logged("aot/sorted_v") == [8, 6] * 3
+    assert_same(bench.run("unpaired-balanced"), whole, tolerance=ROUNDING)
 
 
 @pytest.mark.parametrize("name", REFUSED)

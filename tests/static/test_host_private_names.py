@@ -136,7 +136,7 @@ def assigned(cls: type) -> set[str]:
 
 
 OURS = {"_mode", "_only_evaluates", "_reference", "_scored_with", "_step", "_step_class"}
-OURS |= {"hub_datasets", "_resumed_from", "_said_of_random_rows"}
+OURS |= {"hub_datasets", "_epoch_rows", "_resumed_from", "_said_of_random_rows"}
 
 
 @pytest.mark.parametrize("host", TRAINERS.values(), ids=lambda trainer: trainer.__name__)

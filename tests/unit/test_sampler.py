@@ -1,14 +1,16 @@
-"""Orders of rows in which every optimizer step holds both labels in proportion."""
+"""Orders of rows in which every optimizer step holds both labels: in proportion, or balanced."""
 
+from collections import Counter
 from fractions import Fraction
 from math import ceil, floor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_plugin.data.sampler import StratifiedSampler
+from aot_plugin.data.sampler import StratifiedSampler, variance_ratio
 
 label_lists = st.lists(st.booleans(), min_size=1, max_size=60)
 block_sizes = st.integers(1, 70)
@@ -83,3 +85,57 @@ def test_rows_of_one_label_are_shuffled_over_the_whole_data():
 def test_no_rows() -> None:
     with pytest.raises(ValueError, match="there are no rows to train on"):
         StratifiedSampler([], 4, seed=0)
+
+
+level_lists = st.lists(st.integers(0, 3), min_size=1, max_size=60)
+
+
+@given(level_lists, block_sizes, seeds, st.integers(0, 3))
+def test_balanced_blocks_hold_equal_numbers(
+    levels: list[int], block_size: int, seed: int, epoch: int
+) -> None:
+    sampler = StratifiedSampler(levels, block_size, seed, balanced=True)
+    sampler.set_epoch(epoch)
+    rows, kinds, most = list(sampler), len(set(levels)), max(Counter(levels).values())
+    assert len(rows) == len(sampler) == kinds * most
+    for level, count in Counter(levels).items():
+        drawn = [row for row in rows if levels[row] == level]
+        assert len(drawn) == most
+        # Pass after pass: before a row comes again, all others of its label have come.
+        passes = Counter(drawn)
+        assert set(passes.values()) <= {most // count, -(-most // count)}
+    for start in range(0, len(rows), block_size):
+        block = Counter(levels[row] for row in rows[start : start + block_size])
+        expected = Fraction(block.total(), kinds)
+        slack = 2 if kinds > 2 else 1  # the guarantee of Tijdeman's order, at both ends of a block
+        assert all(abs(block[level] - expected) < slack for level in set(levels))
+
+
+def test_a_row_is_not_repeated_before_all_of_its_label_came() -> None:
+    labels = [i < 5 for i in range(45)]
+    rows = list(StratifiedSampler(labels, 2, seed=0, balanced=True))
+    positives = [row for row in rows if labels[row]]
+    for start in range(0, 40, 5):
+        assert sorted(positives[start : start + 5]) == list(range(5))
+
+
+@given(st.integers(1, 20), block_sizes, seeds)
+def test_balanced_order_of_equal_numbers_is_the_proportional_one(
+    count: int, block_size: int, seed: int
+) -> None:
+    labels = [True, False] * count
+    balanced = StratifiedSampler(labels, block_size, seed, balanced=True)
+    assert list(balanced) == order(labels, block_size, seed)
+
+
+def test_the_ratio_of_variances_is_that_of_simulated_steps() -> None:
+    """The gradient of a step is the difference of the labels' means, of rows that vary alike."""
+    random, rows, share = np.random.default_rng(0), 40, 0.1
+
+    def variance(positives: int) -> float:
+        samples = [random.normal(size=(20_000, n)).mean(1) for n in (positives, rows - positives)]
+        return float((samples[0] - samples[1]).var())
+
+    simulated = variance(int(share * rows)) / variance(rows // 2)
+    assert variance_ratio([share, 1 - share]) == pytest.approx(simulated, rel=0.05)
+    assert variance_ratio([1 / 3] * 3) == pytest.approx(1.0)
