@@ -223,7 +223,8 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
         _check_desugared(cfg)
         # A worker of Ray gets the validated config as a dictionary, and validates it again.
-        return adapter_updates(cfg) | kept_entries(cfg)
+        newer = {k: v for k, v in vars(AOTOptions()).items() if cfg.get(k) is None}
+        return newer | adapter_updates(cfg) | kept_entries(cfg)
     written = {
         k: v
         for k, v in cfg.items()
@@ -399,10 +400,9 @@ def _check_grades(args: AOTInputArgs) -> None:
 
 
 def _check_desugared(cfg: Mapping[str, Any]) -> None:
-    # The config that the host saves with a checkpoint is desugared and has all options. They are
-    # missing if a user has written `trainer_cls`.
-    missing = [key for key in ("aot_mode", *vars(AOTOptions())) if cfg.get(key) is None]
-    if missing:
+    # The config that the host saves with a checkpoint is desugared and has all options of its
+    # release. They are missing if a user has written `trainer_cls`.
+    if cfg.get("aot_mode") is None or cfg.get("aot_loss") is None:
         raise ValueError(
             f"`trainer_cls: {cfg['trainer_cls']}` is what `rl: aot` stands for; write `rl: aot` "
             "and remove `trainer_cls`"

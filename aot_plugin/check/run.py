@@ -49,10 +49,13 @@ def step_facts(cfg: Any, ranks: int, train: Sequence[Entry]) -> Step:
     if step.paired:
         return step
     rows: Counter[str] = Counter()
+    graded = any(entry.levels for entry in train)
+    names = ("level 1", "level 0") if graded else ("positive", "negative")
     for entry in train:
         counts = entry.counts
         by_level = {f"level {level:.2g}": n for level, n in entry.levels.items()}
-        rows.update(by_level or {"positive": counts.positive, "negative": counts.negative})
+        by_label = dict(zip(names, (counts.positive, counts.negative), strict=True))
+        rows.update(by_level or by_label)
     if not (total := sum(rows.values())):
         return step
     shares = {label: n / total for label, n in rows.items()}

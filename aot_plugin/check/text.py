@@ -171,8 +171,9 @@ def _step(step: Step) -> Iterator[str]:
         elif rare := [label for label, number in step.labels.items() if number < 1]:
             larger = "effective batch" if step.whole else "`micro_batch_size`"
             yield _filled(
-                f"Hint: often there is no {' or '.join(rare)} row to compare with; write "
-                f"`aot_draw: balanced`, or use a larger {larger}."
+                f"Hint: often there is no {' or '.join(rare)} row to compare with; "
+                f"{'' if step.balanced else 'write `aot_draw: balanced`, or '}use a larger "
+                f"{larger}."
             )
         if step.variance > NOTABLE and not step.balanced:
             yield _filled(

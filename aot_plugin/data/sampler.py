@@ -25,9 +25,11 @@ class StratifiedSampler(Sampler[int]):
 
     Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
 
-    ``balanced``: p = 1 / K for all labels. An epoch has each row of the most frequent label once.
-    Those of another one, with c rows, come in passes over all of them, each in an order of its own,
-    and the last pass is cut short. So a row comes a second time only after the others of its label.
+    ``balanced``: p = 1 / K for all labels. They take turns in rounds of K, each in a random order,
+    so that a block of fewer rows than labels has others each time. An epoch has each row of the
+    most frequent label once. Those of another one, with c rows, come in passes over all of them,
+    each in an order of its own, and the last pass is cut short. So a row comes a second time only
+    after the others of its label.
 
     Args:
         labels: one number per row: 1 and 0, or levels.
@@ -64,19 +66,28 @@ class StratifiedSampler(Sampler[int]):
         return self._rows
 
     @cached_property
-    def _places(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The places of each level in the order of every epoch, [n] bool, and its rows; the highest
-        level first."""
+    def _parts(self) -> list[torch.Tensor]:
+        """The rows of each level, the highest level first."""
         levels, of_level = self.labels.unique(return_inverse=True)
-        rows = [(of_level == level).nonzero()[:, 0] for level in reversed(range(len(levels)))]
-        counts = [len(part) for part in rows]
-        turns = torch.tensor(_turns([max(counts)] * len(rows) if self.balanced else counts))
-        return [(turns == level, part) for level, part in enumerate(rows)]
+        return [(of_level == level).nonzero()[:, 0] for level in reversed(range(len(levels)))]
+
+    @cached_property
+    def _proportional(self) -> torch.Tensor:
+        return torch.tensor(_turns([len(part) for part in self._parts]))
+
+    def _levels_in_turn(self, generator: torch.Generator) -> torch.Tensor:
+        """The level of each place of an epoch's order, [rows] int64, 0 the highest."""
+        if not self.balanced:
+            return self._proportional
+        count = len(self._parts)
+        return torch.rand(len(self) // count, count, generator=generator).argsort(dim=1).flatten()
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.empty(len(self), dtype=torch.int64)
-        for places, part in self._places:
+        turns = self._levels_in_turn(generator)
+        for level, part in enumerate(self._parts):
+            places = turns == level
             count = int(places.sum())
             passes = range(-(-count // len(part)))
             drawn = [torch.randperm(len(part), generator=generator) for _ in passes]

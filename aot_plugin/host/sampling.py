@@ -4,7 +4,13 @@ from typing import Any
 
 import numpy as np
 from axolotl.utils.logging import get_logger
-from transformers import Trainer
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ..data import levels
 from ..data.levels import level_in_words
@@ -23,36 +29,49 @@ class StratifiedSamplingMixin(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """A sampler of batches with all labels, unless the YAML asks for another order."""
         self._refuse_single_rows()
+        balanced = self.args.aot_draw == "balanced"
         if self.args.train_sampling_strategy != "random":
+            if balanced:
+                raise ValueError(
+                    "`aot_draw: balanced` draws rows in an order of its own, and `"
+                    f"train_sampling_strategy: {self.args.train_sampling_strategy}` in another: "
+                    "keep one of them (`curriculum_sampling: true` is Axolotl's name of the latter)"
+                )
             return super()._get_train_sampler(train_dataset)
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        found, balanced = levels(dataset), self.args.aot_draw == "balanced"
+        found = levels(dataset)
         sampler = StratifiedSampler(found, self._sorted_rows(), seed, balanced)
         self._epoch_rows = len(sampler)
+        self.add_callback(SamplerEpoch(sampler))
         if balanced:
             _log_repetitions(found, len(sampler))
         else:
             _log_unevenness(found)
-            self._warn_of_rare_levels(found)
+        self._warn_of_rare_levels(found, balanced)
         return sampler
 
-    def _warn_of_rare_levels(self, found: np.ndarray) -> None:
+    def _warn_of_rare_levels(self, found: np.ndarray, balanced: bool) -> None:
         """Says which levels of graded rows some steps will not have."""
         present, counts = np.unique(found, return_counts=True)
+        drawn = np.full(len(counts), len(found) / len(counts)) if balanced else counts
         rows = self._sorted_rows()
         rare = [
             f"level {level:.2g} ({count} of {len(found)} rows)"
-            for level, count in zip(present, counts, strict=True)
-            if count * rows < len(found)
+            for level, count, each in zip(present, counts, drawn, strict=True)
+            if each * rows < len(found)
         ]
         if rare and len(present) > 2:
+            even = (
+                "write `aot_draw: balanced`, or " if not balanced and rows >= len(present) else ""
+            )
             LOG.warning(
                 "with %d rows sorted together, some of these batches have no rows of %s: there its "
                 "neighbours are compared with each other (`aot/levels` counts the levels of a "
-                "batch); write `aot_draw: balanced`, or use a larger %s, or fewer thresholds",
+                "batch); %suse a larger %s, or fewer thresholds",
                 rows,
                 ", ".join(rare),
+                even,
                 "effective batch" if self.args.aot_batch == "step" else "`micro_batch_size`",
             )
 
@@ -77,6 +96,29 @@ class StratifiedSamplingMixin(Trainer):
         )
 
 
+class SamplerEpoch(TrainerCallback):
+    """Tells a sampler which epoch begins.
+
+    After a resume in the middle of an epoch the host's own message does not reach it on several
+    ranks: accelerate has wrapped the batches once more, to skip those that were trained, and the
+    rest of the epoch would be that of epoch 0's order.
+    """
+
+    def __init__(self, sampler: StratifiedSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+        self._sampler.set_epoch(state.global_step // steps)
+
+
 def _log_repetitions(found: np.ndarray, rows: int) -> None:
     """Says how often an epoch with balanced labels reads the rows of each label."""
     present, counts = np.unique(found, return_counts=True)
@@ -97,6 +139,8 @@ def _log_unevenness(found: np.ndarray) -> None:
     if ratio > NOTABLE:
         LOG.info(
             "the labels are uneven: with `aot_draw: balanced`, which draws them in equal numbers, "
-            "the gradient of a step would have about 1/%.2g of the variance (docs/choosing.md)",
+            "the gradient of a step would have about 1/%.2g of the variance; an epoch would read "
+            "the rows of the rarest one %.0f times (docs/choosing.md)",
             ratio,
+            counts.max() / counts.min(),
         )

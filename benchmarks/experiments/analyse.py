@@ -9,10 +9,12 @@ Per sweep it prints:
 2. Arms of the same context (beta, responses per step, steps, data) two by two, seed by seed: the
    differences (first less second), averaged over the divergences that both cover, with a 95 per
    cent interval (Student's t over seeds). The runs of one seed that differ in the learning rate (or
-   the number of steps) are a curve. A distribution on it is the mixture of those of the two runs
-   nearest in divergence, in shares that are linear in the divergence's root, since the score nearly
-   is (Gao, Schulman and Hilton, 2023, arXiv 2210.10760). Seeds that lack a run are left out.
-   --from-base begins every curve at the model before training.
+   the number of steps) are a curve. Its mean score is fitted, b + d (alpha + beta d) with d the
+   root of the divergence and b the score before training (Gao, Schulman and Hilton, 2023, arXiv
+   2210.10760). A distribution on it, which quantiles need, is the mixture of those of the two runs
+   nearest in divergence, in shares that are linear in d; over a wide gap that keeps too much of the
+   worse run's tail. Seeds that lack a run are left out. --from-base begins every curve at the model
+   before training.
 3. Mean and quantiles at given divergences. It says which seeds have no run on one of the two sides.
 4. At each of these divergences, arms two by two, and each against the model before training:
    differences of quantiles, the violation ratio of "the first dominates the second" (0: it does, 1:
@@ -148,7 +150,16 @@ def at_divergence(curve: list[dict[str, Any]], kl: float) -> Distribution | None
     return None
 
 
-def gaps_of_seeds(first: Arm, second: Arm) -> list[tuple[float, float, np.ndarray]]:
+def fitted(curve: list[dict[str, Any]], before: float) -> Callable[[float], float]:
+    """The mean score of a seed by divergence: least squares over its runs, given that before
+    training."""
+    root = np.sqrt([max(row["kl"], 0.0) for row in curve])
+    gains = np.array([np.mean(row["scores"]) for row in curve]) - before
+    factors, *_ = np.linalg.lstsq(np.stack([root, root**2], axis=1), gains, rcond=None)
+    return lambda kl: before + float(factors @ (kl**0.5, kl))
+
+
+def gaps_of_seeds(first: Arm, second: Arm, before: float) -> list[tuple[float, float, np.ndarray]]:
     """By seed that both have: the divergences that both cover, from and to, and the differences of
     mean and quantiles, averaged over them (evenly in the root)."""
     found = []
@@ -159,15 +170,18 @@ def gaps_of_seeds(first: Arm, second: Arm) -> list[tuple[float, float, np.ndarra
         both = [(at_divergence(a, kl), at_divergence(b, kl)) for kl in places if low < high]
         gaps = [statistics([x]) - statistics([y]) for x, y in both if x and y]
         if gaps:
-            found.append((low, high, np.mean(gaps, axis=0)))
+            mean = np.mean(gaps, axis=0)
+            one, other = fitted(a, before), fitted(b, before)
+            mean[0] = np.mean([one(kl) - other(kl) for kl in places])
+            found.append((low, high, mean))
     return found
 
 
-def averaged(arms: list[Arm], all_pairs: bool) -> str:
+def averaged(arms: list[Arm], before: float, all_pairs: bool) -> str:
     """The table of gaps_of_seeds."""
     lines = []
     for a, b in pairs_of(arms, all_pairs):
-        if found := gaps_of_seeds(a, b):
+        if found := gaps_of_seeds(a, b, before):
             low, high, gaps = zip(*found, strict=True)
             columns = [interval(column) for column in np.array(gaps).T]
             where = f"{np.mean(low):.1f} to {np.mean(high):.1f}"
@@ -368,8 +382,12 @@ def analyse(sweep: str, args: argparse.Namespace, say: Callable[[str], None]) ->
     rows: list[dict[str, Any]] = []
     for name in sweep.split("+"):
         known = [row["changes"] for row in rows]
-        lines = read(args.results / f"{name}.jsonl")
-        rows += [row for row in lines if "scores" in row and row["changes"] not in known]
+        lines = [row for row in read(args.results / f"{name}.jsonl") if "scores" in row]
+        rows += [row for row in lines if row["changes"] not in known]
+        for row in lines:
+            if row["changes"] in known and row["changes"] != {"rl": "none"}:
+                at = f"{row['score']:.3f} at {row['kl']:.1f} nats"
+                say(f"Left out, since another sweep has it: {name} {row['changes']}, {at}")
     base = next((row for row in rows if row["changes"] == {"rl": "none"}), None)
     axis = AXES.get(sweep.split("+")[0], "learning_rate")
     arms = [arm for arm in arms_of(rows, axis) if arm.curves]
@@ -386,7 +404,9 @@ def analyse(sweep: str, args: argparse.Namespace, say: Callable[[str], None]) ->
     if args.from_base and base is not None:
         begun = [{seed: [base, *curve] for seed, curve in arm.curves.items()} for arm in curves]
         curves = [arm._replace(curves=each) for arm, each in zip(curves, begun, strict=True)]
-    say(f"\n{averaged(curves, args.all_pairs)}")
+    if base is not None:
+        before = float(np.mean(base["scores"]))
+        say(f"\n{averaged(curves, before, args.all_pairs)}")
     for kl in args.kl or common_divergences(curves) if curves else []:
         text, found = matched(curves, kl)
         say(f"\n### {sweep} at {kl:g} nats\n\n{text}")

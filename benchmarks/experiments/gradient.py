@@ -14,6 +14,7 @@ and of a batch of n labelled rows (drawn as `rl: aot` does) the positive rows ar
 negative ones
 
 - ``step``: of the whole batch, sorted
+- ``step, balanced``: the same, of a batch with equal numbers of both (`aot_draw: balanced`)
 - ``micro-batches of k``: of the same micro-batch, sorted; one that holds one label has no gradient.
   Both labels are spread over the micro-batches, as `aot_batch: micro_batch` draws them
 - ``micro-batches of k, random``: the same, filled by chance
@@ -140,7 +141,7 @@ def of_pairs(
 
 
 def of_labelled(
-    u: torch.Tensor, positive: np.ndarray, cost: Cost
+    u: torch.Tensor, positive: np.ndarray, cost: Cost, balanced: bool
 ) -> tuple[np.ndarray, dict[str, Weights], Draw, tuple[int, ...]]:
     """As of_pairs, of labelled rows."""
 
@@ -163,12 +164,13 @@ def of_labelled(
         found[order] = inside(size, batch[order])
         return found
 
-    choices: dict[str, Weights] = {"step": lambda batch: inside(len(batch), batch)}
-    for size in MICRO_BATCHES:
+    name = "step, balanced" if balanced else "step"
+    choices: dict[str, Weights] = {name: lambda batch: inside(len(batch), batch)}
+    for size in () if balanced else MICRO_BATCHES:
         choices[f"micro-batches of {size}"] = partial(inside, size)
         choices[f"micro-batches of {size}, random"] = partial(by_chance, size)
     # Blocks of one row: both labels in proportion in any part of the order.
-    sampler = StratifiedSampler(positive, 1, seed=0)
+    sampler = StratifiedSampler(positive, 1, seed=0, balanced=balanced)
 
     def draw(n: int) -> Iterator[np.ndarray]:
         for epoch in count():
@@ -241,13 +243,14 @@ def main() -> None:
         for penalty, beta in LOSSES[:1] if args.unpaired else LOSSES:
             cost = partial(PENALTIES[penalty], beta=beta)
             if args.unpaired:
-                labels = np.array([row["label"] for row in rows])
-                kind, found = "rows", of_labelled(u - reference, labels, cost)
+                kind, labels = "rows", np.array([row["label"] for row in rows])
+                parts = [of_labelled(u - reference, labels, cost, even) for even in (False, True)]
             else:
-                kind, found = "pairs", of_pairs(u, reference, cost)
+                kind, parts = "pairs", [of_pairs(u, reference, cost)]
             which = {"step": step, "penalty": penalty, "beta": beta}
-            measured = lines_of(kind, found, data["gram"])
-            lines += [json.dumps(which | line) + "\n" for line in measured]
+            for found in parts:
+                measured = lines_of(kind, found, data["gram"])
+                lines += [json.dumps(which | line) + "\n" for line in measured]
     results = subject.own(RESULTS)
     results.mkdir(exist_ok=True)
     (results / f"gradient{suffix}.jsonl").write_text("".join(lines))

@@ -209,6 +209,14 @@ def test_a_step(check: Any, entry: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert check([entry(LABELLED)], **keys).step.rows == 24
 
 
+def test_labels_beside_graded_rows_are_levels(check: Any, entry: Any) -> None:
+    stars = [{"prompt": f"Q{i}", "completion": "A", "label": n} for i, n in enumerate([1, 3, 5])]
+    graded = entry(stars, "stars", grades=[2, 4])
+    cut = {"micro_batch_size": 6, "gradient_accumulation_steps": 1}
+    step = check([entry(LABELLED), graded], aot_draw="balanced", **cut).step
+    assert step.labels == {"level 1": 2.0, "level 0": 2.0, "level 0.5": 2.0}
+
+
 def test_hints(check: Any, entry: Any) -> None:
     keys = {"aot_mode": "paired", "micro_batch_size": 1}
     assert "Hint: one pair alone" in plain(check([entry(PAIRS)], **keys))

@@ -52,6 +52,13 @@ def test_desugaring_twice_changes_nothing() -> None:
     assert desugar(once) == {}
 
 
+def test_a_config_saved_by_an_earlier_release_gets_the_options_that_it_lacks() -> None:
+    cfg = aot(aot_mode="unpaired")
+    once = cfg | desugar(cfg)
+    del once["aot_draw"]
+    assert desugar(once) == {"aot_draw": "proportional"}
+
+
 @pytest.mark.parametrize("rl", ["dpo", "kto", "orpo", None])
 def test_another_rl_is_left_alone(rl: str | None) -> None:
     assert desugar({"rl": rl, "rl_beta": 0.3, "datasets": UNTOUCHED}) == {}

@@ -49,6 +49,9 @@ CUTS = {
 }
 """(micro-batches, rows) of a rank in a full step, and of both ranks in the last one."""
 
+RESUMED = (2, 4)
+"""In the middle of the first and of the second epoch, which have three steps."""
+
 BALANCED = {"aot_draw": "balanced", "data": "unpaired-21"}
 """7 positives and 14 negatives: an epoch of 28 rows, a step of 16 and one of 12."""
 
@@ -126,8 +129,9 @@ class Bench:
             make(f"{mode}-1x8", mode, 1, 8, eval_batch_size=5)
             make(f"{mode}-8x1", mode, 8, 1, save_steps=2)
             make(f"{mode}-repeats-count", mode, 8, 1)
-            half_way = self.work / "ranks" / f"{mode}-8x1" / "checkpoint-2"
-            make(f"{mode}-resumed", mode, 8, 1, resume_from_checkpoint=str(half_way))
+            for step in RESUMED:
+                half_way = self.work / "ranks" / f"{mode}-8x1" / f"checkpoint-{step}"
+                make(f"{mode}-resumed-{step}", mode, 8, 1, resume_from_checkpoint=str(half_way))
             make(f"{mode}-micro_batch", mode, 4, 2, aot_batch="micro_batch")
             make(f"{mode}-not_finite", mode, *((4, 2) if mode == "paired" else (8, 1)))
             split = {"accelerator_config": {"split_batches": True}}
@@ -249,12 +253,13 @@ def test_what_can_t_be_whole_is_refused_on_every_rank(name: str, bench: Bench) -
         assert f"ValueError: `accelerator_config: {{{name}: " in trace
 
 
+@pytest.mark.parametrize("step", RESUMED)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_resumed_run_knows_which_rows_are_repeated(
-    mode: str, bench: Bench, whole: Callable[[str], Run]
+def test_a_resumed_run_has_the_same_rows_and_knows_which_are_repeated(
+    mode: str, step: int, bench: Bench, whole: Callable[[str], Run]
 ) -> None:
-    assert len(bench.problems(f"{mode}-resumed")[0]) == 4  # steps 3 to 6 were trained
-    assert_same(bench.run(f"{mode}-resumed"), whole(mode), tolerance=ROUNDING)
+    assert len(bench.problems(f"{mode}-resumed-{step}")[0]) == 6 - step
+    assert_same(bench.run(f"{mode}-resumed-{step}"), whole(mode), tolerance=ROUNDING)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -72,16 +72,34 @@ def test_gaps_are_averaged_over_the_divergences_that_both_curves_of_a_seed_cover
 
     def arm(ahead: float, ranges: dict[int, tuple[float, ...]]) -> Any:
         curves = {
-            seed: [{"kl": kl, "scores": (noise + ahead + 0.1 * kl**0.5).tolist()} for kl in kls]
+            seed: [{"kl": kl, "scores": (noise + (0.1 + ahead) * kl**0.5).tolist()} for kl in kls]
             for seed, kls in ranges.items()
         }
         return analyse.Arm("", (), curves)
 
     first = arm(0.2, {1: (1.0, 9.0, 16.0), 2: (4.0, 9.0), 3: (1.0, 2.0), 4: (1.0, 2.0)})
     second = arm(0.0, {1: (4.0, 25.0), 2: (1.0, 16.0), 3: (3.0, 4.0)})
-    (low, high, gaps), (*_, others) = analyse.gaps_of_seeds(first, second)
+    (low, high, gaps), (*_, others) = analyse.gaps_of_seeds(first, second, noise.mean())
     assert (low, high) == (4.0, 16.0)
-    assert gaps[0] == pytest.approx(0.2) and others[0] == pytest.approx(0.2)
+    # Root by root 0.2 ahead, over roots from 2 to 4 and from 2 to 3.
+    assert (gaps[0], others[0]) == pytest.approx((0.2 * 3.0, 0.2 * 2.5))
+
+
+def test_the_mean_is_fitted_by_the_root_of_the_divergence(scripts: Any) -> None:
+    _, analyse = scripts
+    curve = [{"kl": kl, "scores": [[0.3 + kl**0.5 * (0.1 - 0.01 * kl**0.5)]]} for kl in (1, 4, 16)]
+    assert analyse.fitted(curve, 0.3)(9.0) == pytest.approx(0.3 + 3 * (0.1 - 0.03))
+    arm, other = (
+        analyse.Arm(
+            "",
+            (),
+            {1: [{**row, "scores": [[row["scores"][0][0] - lag * row["kl"]]]} for row in curve]},
+        )
+        for lag in (0.0, 0.001)
+    )
+    ((*_, gaps),) = analyse.gaps_of_seeds(arm, other, 0.3)
+    places = np.linspace(1, 4, analyse.PLACES)[1:-1] ** 2
+    assert gaps[0] == pytest.approx(0.001 * places.mean())
 
 
 def test_a_shifted_sample_dominates_and_is_not_dominated(scripts: Any) -> None:
