@@ -29,6 +29,7 @@ def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
     found: list[TrainerCallback] = [
         StepLine(rows, trainer.accelerator.num_processes, UNITS[cfg["aot_score"]]),
         SavedReference(trainer),
+        OtherEpochs(),
     ]
     if trainer.eval_dataset is not None:
         found.append(UnusedEvaluationRows())
@@ -63,6 +64,34 @@ class UnusedEvaluationRows(TrainerCallback):
             LOG.warning(
                 "the rows of `val_set_size` or `test_datasets` are not evaluated in this run; set "
                 "`evals_per_epoch`, `eval_steps` or `eval_strategy: epoch`"
+            )
+
+
+class OtherEpochs(TrainerCallback):
+    """Warns if epochs have another number of steps than those of the checkpoint that is resumed.
+
+    The host counts steps into epochs anew, so that some rows would be read again or left out.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not (state.global_step and state.epoch and train_dataloader is not None):
+            return
+        steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+        epoch = state.global_step / steps
+        # The last step of an epoch may have fewer micro-batches than the others.
+        if abs(epoch - state.epoch) > 1.01 / steps:
+            LOG.warning(
+                "the checkpoint was saved at step %d as epoch %.2f, and is epoch %.2f of this run, "
+                "so rows are read again or left out: the number of rows, the effective batch or "
+                "`aot_draw` is another one than before",
+                *(state.global_step, state.epoch, epoch),
             )
 
 
