@@ -35,8 +35,8 @@ class StratifiedSampler(Sampler[int]):
         labels: one number per row: 1 and 0, or levels.
         block_size: k, the number of rows that are sorted together: those of an optimizer step over
             all ranks, or of a micro-batch with ``aot_batch: micro_batch``.
-        seed: determines the order together with the epoch (``set_epoch``, called by accelerate), so
-            a resumed run sees the rows in the same order as an uninterrupted one.
+        seed: determines the order together with the epoch (``set_epoch``), so that a resumed run
+            sees the rows in the same order as an uninterrupted one.
         balanced: whether labels come in equal numbers rather than in the proportion of the data.
 
     Raises:
