@@ -1,6 +1,7 @@
 """docs/troubleshooting.md quotes what the code says."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def spoken() -> list[str]:
                 ]
                 found.append("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value.replace("%s", GAP).replace("%d", GAP).replace("{}", GAP))
+                found.append(re.sub(r"%(\.\d+)?[sdfg]|{}", GAP, node.value))
     return found
 
 
