@@ -19,6 +19,7 @@ from transformers import (
 
 from ..report.scores import UNITS, write_atomically
 from .checks import SAVED_REFERENCE
+from .sampling import steps_per_epoch
 
 LOG = get_logger("axolotl.aot_plugin.host.callbacks")
 
@@ -83,7 +84,7 @@ class OtherEpochs(TrainerCallback):
     ) -> None:
         if not (state.global_step and state.epoch and train_dataloader is not None):
             return
-        steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+        steps = steps_per_epoch(args, train_dataloader)
         epoch = state.global_step / steps
         # The last step of an epoch may have fewer micro-batches than the others.
         if abs(epoch - state.epoch) > 1.01 / steps:

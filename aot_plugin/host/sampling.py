@@ -12,8 +12,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data import levels
-from ..data.levels import level_in_words
+from ..data.levels import level_in_words, levels
 from ..data.sampler import NOTABLE, StratifiedSampler, variance_ratio
 
 LOG = get_logger("axolotl.aot_plugin.sampling")
@@ -44,22 +43,22 @@ class StratifiedSamplingMixin(Trainer):
         sampler = StratifiedSampler(found, self._sorted_rows(), seed, balanced)
         self._epoch_rows = len(sampler)
         self.add_callback(SamplerEpoch(sampler))
+        present, counts = np.unique(found, return_counts=True)
         if balanced:
-            _log_repetitions(found, len(sampler))
+            _log_repetitions(present, counts)
         else:
-            _log_unevenness(found)
-        self._warn_of_rare_levels(found, balanced)
+            _log_unevenness(counts)
+        self._warn_of_rare_levels(present, counts, balanced)
         return sampler
 
-    def _warn_of_rare_levels(self, found: np.ndarray, balanced: bool) -> None:
+    def _warn_of_rare_levels(self, present: np.ndarray, counts: np.ndarray, balanced: bool) -> None:
         """Says which levels of graded rows some steps will not have."""
-        present, counts = np.unique(found, return_counts=True)
-        drawn = np.full(len(counts), len(found) / len(counts)) if balanced else counts
-        rows = self._sorted_rows()
+        total, rows = int(counts.sum()), self._sorted_rows()
+        drawn = np.full(len(counts), total / len(counts)) if balanced else counts
         rare = [
-            f"level {level:.2g} ({count} of {len(found)} rows)"
+            f"level {level:.2g} ({count} of {total} rows)"
             for level, count, each in zip(present, counts, drawn, strict=True)
-            if each * rows < len(found)
+            if each * rows < total
         ]
         if rare and len(present) > 2:
             even = (
@@ -115,26 +114,29 @@ class SamplerEpoch(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
-        self._sampler.set_epoch(state.global_step // steps)
+        self._sampler.set_epoch(state.global_step // steps_per_epoch(args, train_dataloader))
 
 
-def _log_repetitions(found: np.ndarray, rows: int) -> None:
+def steps_per_epoch(args: TrainingArguments, train_dataloader: Any) -> int:
+    """Number of optimizer steps of an epoch; the last one may have fewer micro-batches."""
+    return -(-len(train_dataloader) // args.gradient_accumulation_steps)
+
+
+def _log_repetitions(present: np.ndarray, counts: np.ndarray) -> None:
     """Says how often an epoch with balanced labels reads the rows of each label."""
-    present, counts = np.unique(found, return_counts=True)
-    each = rows // len(counts)
+    each = counts.max()
     times = ", ".join(
         f"those of the {count:,} {level_in_words(level)} rows {each / count:.3g} times"
         for level, count in zip(present[::-1], counts[::-1], strict=True)
         if count < each
     )
     if times:
+        rows = len(counts) * each
         LOG.info("`aot_draw: balanced`: an epoch has %d rows, and reads %s", rows, times)
 
 
-def _log_unevenness(found: np.ndarray) -> None:
+def _log_unevenness(counts: np.ndarray) -> None:
     """Says by how much equal numbers of the labels would lower the variance of a step, if much."""
-    counts = np.unique(found, return_counts=True)[1]
     ratio = variance_ratio(counts / counts.sum())
     if ratio > NOTABLE:
         LOG.info(
