@@ -27,6 +27,7 @@ from axolotl.utils.logging import get_logger
 from filelock import FileLock
 
 from ..digests import digest, file_digest
+from ..files import write_atomically
 from .mixing import is_mixed
 
 LOG = get_logger("axolotl.aot_plugin.data")
@@ -145,10 +146,8 @@ def _keep_if_fresh(folder: Path, files: list[Path], settings: Mapping[str, Any])
         shutil.rmtree(folder, ignore_errors=True)
     if change:
         stamps = {str(path): {**_times(path), "sha256": file_digest(path)} for path in files}
-        # A killed run must not leave a partial file.
-        temporary = folder.with_name(f".{sources_file(folder).name}.{os.getpid()}")
-        temporary.write_text(json.dumps({"settings": settings, "files": stamps}, indent=1))
-        os.replace(temporary, sources_file(folder))
+        text = json.dumps({"settings": settings, "files": stamps}, indent=1)
+        write_atomically(sources_file(folder), lambda file: file.write_text(text))
     return False
 
 

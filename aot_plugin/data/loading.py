@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -29,6 +28,7 @@ from axolotl.utils.tokenization import check_example_labels
 from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser
 
+from ..files import write_atomically
 from .accounting import RowCounts, check_labels, count_rows, table
 from .blame import BadRow, check_host_type, naming_the_row
 from .images import check_images, has_images, with_turns
@@ -473,7 +473,5 @@ def _steps(rows: int, cfg: Any) -> int:
 
 def _store(path: Path, counts: list[RowCounts]) -> None:
     if path.parent.is_dir():  # absent with `skip_prepare_dataset`
-        # A killed run must not leave a partial file, which the next run would read.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps([vars(entry) for entry in counts], indent=1))
-        os.replace(temporary, path)
+        text = json.dumps([vars(entry) for entry in counts], indent=1)
+        write_atomically(path, lambda file: file.write_text(text))

@@ -10,6 +10,7 @@ from typing import Any
 
 from axolotl.utils.logging import get_logger
 
+from ..files import write_atomically
 from .options import plain
 from .render import Renderer
 from .strategy import parsed_options, template_config
@@ -39,9 +40,9 @@ def save_rendering(cfg: Mapping[str, Any], tokenizer: Any) -> None:
         if used not in found:
             found.append(used)
     if found:
+        text = json.dumps(found, indent=1)
         path = Path(cfg["output_dir"]) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def read_rendering(run: Path) -> dict[str, Any] | None:

@@ -17,7 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..report.scores import UNITS, write_atomically
+from ..files import write_atomically
+from ..report.scores import UNITS
 from .checks import SAVED_REFERENCE
 from .sampling import steps_per_epoch
 
@@ -54,7 +55,7 @@ class SavedReference(TrainerCallback):
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if said is not None and args.should_save and checkpoint.is_dir():
             file = checkpoint / SAVED_REFERENCE
-            write_atomically(file, lambda file: Path(file).write_text(json.dumps(said)))
+            write_atomically(file, lambda file: file.write_text(json.dumps(said)))
 
 
 class UnusedEvaluationRows(TrainerCallback):

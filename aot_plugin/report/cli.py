@@ -66,10 +66,10 @@ def main(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError, OSError: with a message for the user.
     """
+    from ..files import write_atomically
     from .curves import load_log
     from .page import comparison_page
     from .samples import load_samples
-    from .scores import write_atomically
 
     page = comparison_page(
         _evaluations(arguments),
@@ -77,7 +77,7 @@ def main(arguments: argparse.Namespace) -> str:
         logs=_of_each(arguments.runs, load_log),
     )
     output: Path = arguments.output
-    write_atomically(output, lambda file: Path(file).write_text(page, encoding="utf-8"))
+    write_atomically(output, lambda file: file.write_text(page, encoding="utf-8"))
     return str(output)
 
 

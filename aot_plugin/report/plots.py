@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..files import write_atomically
 from ..ot.coupling import FloatArray
 from ..ot.dominance import dominance_statistics, quantile_curve
 from ..ot.second_order import integrated_gap
-from .scores import Level, Scores, write_atomically
+from .scores import Level, Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

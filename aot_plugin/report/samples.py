@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .scores import DIRECTORY, file_stem, write_atomically
+from ..files import write_atomically
+from .scores import DIRECTORY, file_stem
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Samples:
             for prompt, answer in zip(self.prompts, self.answers, strict=True)
         ]
         path = Path(directory) / f"samples-{file_stem(self.eval_set, self.step)}.jsonl"
-        write_atomically(path, lambda file: Path(file).write_text("".join(lines), encoding="utf-8"))
+        write_atomically(path, lambda file: file.write_text("".join(lines), encoding="utf-8"))
         return path
 
     def table(self) -> dict[str, list[object]]:

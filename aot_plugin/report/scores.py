@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..files import write_atomically
 from ..ot.coupling import FloatArray
 
 if TYPE_CHECKING:
@@ -390,18 +391,3 @@ def _file_name_part(name: str) -> str:
         return name
     # Names that differ only in what was replaced or cut off must stay different.
     return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
-
-
-def write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Calls ``write`` with the name of a temporary file, then renames it to ``path`` atomically.
-
-    The folder is created if needed. If ``write`` raises an error, ``path`` is unchanged and no file
-    is left over.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files import write_atomically
 from ..ot.coupling import FloatArray, recoupled_fraction
 from ..ot.dominance import (
     Sample,
@@ -26,7 +27,7 @@ from ..ot.dominance import statistics_of_sorted as of_first_order
 from ..ot.order_tests import almost_dominance, dominance_test
 from ..ot.second_order import second_order_statistics, second_order_test
 from ..ot.second_order import statistics_of_sorted as of_second_order
-from .scores import Scores, write_atomically
+from .scores import Scores
 
 LEVEL = 0.95
 """Confidence level of every interval in a summary."""
@@ -131,7 +132,7 @@ def save_summary(
     """Writes ``directory``/dominance-<eval set>-step<step>.json and returns its path."""
     path = Path(directory) / f"dominance-{scores.stem}.json"
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: Path(file).write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
     return path
 
 

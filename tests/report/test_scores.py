@@ -1,12 +1,12 @@
 import os
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aot_plugin.report.scores import Scores, load_run, write_atomically
+from aot_plugin.files import write_atomically
+from aot_plugin.report.scores import Scores, load_run
 
 PAIRED = {
     "beta": 0.5,
@@ -162,7 +162,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path.write_text("old")
 
     def fail(file):
-        Path(file).write_text("half")
+        file.write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
