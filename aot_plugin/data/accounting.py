@@ -58,6 +58,7 @@ class RowCounts:
         dropped: number of dropped responses (paired: rows) by reason.
         named: numbers of the first rows with each fault.
         unrendered: as of the ``Renderer``.
+        mixed: columns whose values are of several types.
     """
 
     source: str
@@ -72,6 +73,7 @@ class RowCounts:
     dropped: dict[str, int] = field(default_factory=dict)
     named: dict[str, list[int]] = field(default_factory=dict)
     unrendered: dict[str, int] = field(default_factory=dict)
+    mixed: list[str] = field(default_factory=list)
 
     @property
     def responses(self) -> int:
@@ -87,6 +89,12 @@ class RowCounts:
                 yield f"{self.source}: {count} dropped as {which}: {why}"
         for what, count in self.unrendered.items():
             yield f"{self.source}: {what} in {count} answers"
+        for name in self.mixed:
+            yield (
+                f"{self.source}: `{name}` holds values of several types, where `datasets` reads "
+                "text that is JSON by itself (`12`, `null`, a text in quotes) as what it "
+                "describes; write all of its values in one form"
+            )
 
 
 def count_rows(
@@ -120,7 +128,9 @@ def count_rows(
     """
     resolved = plain(resolved)
     paired = mode_of(resolved) == "paired"
-    render = Renderer(template_config(cfg), parsed_options(resolved), tokenizer)
+    options = parsed_options(resolved)
+    render = Renderer(template_config(cfg), options, tokenizer)
+    counts.mixed = _mixed_columns(dataset, set(map(str, vars(options).values())))
     dropped: Counter[str] = Counter()
     numbers = range(len(dataset)) if numbers is None else numbers
     counts.pairs = 0 if paired else None
@@ -157,6 +167,13 @@ def count_rows(
     counts.dropped = {drop.value: dropped[drop.value] for drop in Drop if dropped[drop.value]}
     counts.unrendered = dict(render.unrendered)
     return counts
+
+
+def _mixed_columns(dataset: Dataset, read: set[str]) -> list[str]:
+    """Those of the columns that are read which ``datasets`` stores as JSON, since one type does not
+    hold all of their values."""
+    schema = dataset.data.schema
+    return [each.name for each in schema if each.name in read and "arrow.json" in str(each.type)]
 
 
 def _without_identical(

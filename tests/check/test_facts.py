@@ -114,20 +114,20 @@ def test_types_of_the_host(check: Any, entry: Any) -> None:
 def test_no_more_rows_are_read_than_asked(
     check: Any, entry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, every = [], datasets.IterableDataset.__iter__
+    read, every = [], datasets.IterableDataset.iter
 
-    def counted(stream: datasets.IterableDataset) -> Any:
-        for row in every(stream):
-            read.append(row)
-            yield row
+    def counted(stream: datasets.IterableDataset, *args: Any, **keys: Any) -> Any:
+        for table in every(stream, *args, **keys):
+            read.append(len(table))
+            yield table
 
-    monkeypatch.setattr(datasets.IterableDataset, "__iter__", counted)
+    monkeypatch.setattr(datasets.IterableDataset, "iter", counted)
     labels = ["good", "bad", *["good"] * 7, "perhaps"]
     rows = [{"prompt": f"Q{i}", "completion": "A.", "label": at} for i, at in enumerate(labels)]
     rows += 30 * rows[:1]
     facts = check([entry(rows, weight=0.5)], rows=9)
     (found,) = facts.entries
-    assert len(read) == 9 + 1  # one to know whether there are more
+    assert read == [9 + 1]  # one to know whether there are more
     assert (found.counts.rows, found.more, found.mixing) == (9, True, {"weight": 0.5})
     assert "the first 9 rows, there are more" in plain(facts)
     with pytest.raises(ValueError, match=r"rows.jsonl, row 9: .*'perhaps' is not a label"):

@@ -19,6 +19,7 @@ from aot_plugin.data.accounting import RowCounts, count_rows, table
 from aot_plugin.data.first_rows import first_rows
 from aot_plugin.data.loading import load_datasets, row_counts
 from aot_plugin.data.strategy import transform_for
+from aot_plugin.data.tokens import prepare_tokens
 
 LONG = "word " * 300
 SEED = 42
@@ -369,3 +370,54 @@ def test_held_out_rows_are_not_silently_those_of_train(config, tmp_path):
         load_datasets(cfg)
     with pytest.raises(ValueError, match=r"does not say which split.*one of train, test"):
         first_rows(cfg, "test", 0, 5, load_tokenizer(cfg), str(tmp_path / "tmp"))
+
+
+def asked(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_columns_of_several_types_are_named(tokenizer):
+    content = [
+        *rows(True, False),
+        {"prompt": asked("Turns?"), "completion": "Yes.", "label": True, "other": 1},
+        {"prompt": "'", "completion": "Yes.", "label": True, "other": "1"},
+    ]
+    counts = RowCounts("rows", "train")
+    mixed = Dataset.from_list(content, on_mixed_types="use_json")
+    count_rows(mixed, resolved_default(), counts, {"sequence_len": 64}, tokenizer)
+    (warning,) = (w for w in counts.warnings() if "several types" in w)
+    assert warning.startswith("rows: `prompt` holds values of several types")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [
+            *rows(True, False),
+            *rows(True, False, prompt='"Quoted", 12'),
+            {"prompt": asked("As turns?"), "completion": "Yes.", "label": True},
+        ],
+        [
+            *rows(True, False),
+            {"prompt": "?", "completion": [{"role": "assistant", "content": "!"}], "label": False},
+        ],
+        [
+            {"messages": asked("Text?"), "completion": "Yes.", "label": True},
+            {
+                "messages": asked([{"type": "text", "text": "Parts?"}]),
+                "completion": "No.",
+                "label": False,
+            },
+        ],
+    ],
+    ids=["prompt", "completion", "content"],
+)
+def test_check_reads_columns_of_several_types_as_a_training_does(config, entry, tmp_path, content):
+    cfg = config([entry("mixed", content)])
+    first = first_rows(cfg, "train", 0, 50, load_tokenizer(cfg), str(tmp_path / "tmp"))
+    trained = load_datasets(cfg).train_dataset
+    assert first.counts.dropped == {} and len(first.kept) == len(content)
+    columns = ["prompt_ids", "completion_ids", "label"]
+    trained = prepare_tokens(trained, load_tokenizer(cfg), "unpaired", cfg.sequence_len)
+    ids = [sorted(map(str, rows.select_columns(columns))) for rows in (first.kept, trained)]
+    assert ids[0] == ids[1]
