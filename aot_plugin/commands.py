@@ -1,4 +1,4 @@
-"""``axolotl aot-configs`` and ``axolotl aot-report``: the package's commands among the host's own.
+"""``axolotl aot-check``, ``aot-configs`` and ``aot-report``: the package's commands among the host's.
 
 The host finds them by the entry points `axolotl.cli_commands`. It imports this module for
 `axolotl --help`, too, so the commands themselves are imported when one of them is called.
@@ -25,5 +25,6 @@ def _command(name: str, summary: str) -> click.Command:
     return command
 
 
+check = _command("aot-check", "Show what a config will train, before a training.")
 configs = _command("aot-configs", "Write AOT's example configs to a directory.")
 report = _command("aot-report", "Compare runs by first-order stochastic dominance.")

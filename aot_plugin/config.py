@@ -260,6 +260,7 @@ def desugar(cfg: Mapping[str, Any]) -> dict[str, Any]:
     if args.aot_sort_epsilon is not None and args.aot_sort != "soft":
         raise ValueError("`aot_sort_epsilon` needs `aot_sort: soft`")
     _check_draw(cfg, args)
+    _check_adapter(cfg)
     _check_row_weights(cfg, args)
     if args.aot_grades is not None:
         _check_grades(args)
@@ -354,6 +355,18 @@ def _check_entries(cfg: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"`{where}[{index}]` must be a mapping with `path` and `type`, not {entry!r}"
                 )
+
+
+def _check_adapter(cfg: Mapping[str, Any]) -> None:
+    """Refuses an adapter of no layer, which PEFT would refuse once the model is loaded."""
+    layers = ("linear", "modules", "parameters")
+    if cfg.get("adapter") not in ("lora", "qlora") or cfg.get("lora_model_dir"):
+        return
+    if not any(cfg.get(f"lora_target_{name}") for name in layers):
+        raise ValueError(
+            f"`adapter: {cfg['adapter']}` adapts no layer: write `lora_target_linear: true` for all "
+            "linear ones, or name them in `lora_target_modules`"
+        )
 
 
 def _check_draw(cfg: Mapping[str, Any], args: AOTInputArgs) -> None:

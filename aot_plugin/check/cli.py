@@ -1,4 +1,4 @@
-"""The command ``python -m aot_plugin check``: its arguments and errors."""
+"""The command ``axolotl aot-check``: its arguments and errors."""
 
 import argparse
 import contextlib

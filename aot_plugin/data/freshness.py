@@ -206,7 +206,7 @@ def _settings(cfg: Any, tokenizer: Any) -> dict[str, Any]:
         "seed": cfg.seed if decides else None,
         "axolotl": version("axolotl"),
         "the code of aot-plugin": digest([file_digest(file) for file in own]),
-        "the order of `datasets`": [str(entry["path"]) for entry in entries],
+        "the list of `datasets` and `test_datasets`": [str(entry["path"]) for entry in entries],
         # Of the host's types; those of ours are a part of the type's name.
         "the `field_weight` of an entry": (
             [entry.get("field_weight") for entry in entries]

@@ -93,6 +93,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"context_parallel_size": 2}, ["context_parallel_size", "data parallelism"]),
     ({"tensor_parallel_size": 2}, ["tensor_parallel_size", "data parallelism"]),
     ({"aot_mode": "unpaired", "remove_unused_columns": True}, ["remove_unused_columns", "labels"]),
+    ({"adapter": "qlora"}, ["adapter: qlora", "no layer", "lora_target_linear: true"]),
 ]
 
 

@@ -186,6 +186,21 @@ def test_the_readme_lists_every_file() -> None:
     assert listed == {path.name for path in EXAMPLES.glob("*.yml")}
 
 
+def test_the_first_config_of_the_main_readme() -> None:
+    block = re.search(r"```yaml\n(base_model.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block
+    written = yaml.safe_load(block[1])
+    validated(written)
+    assert dead_keys(written) == set()
+    # Whatever it says of the model is tried there.
+    tried = load(SWEPT)
+    sizes = {"micro_batch_size", "gradient_accumulation_steps"}
+    assert {k: v for k, v in written.items() if k not in sizes} == {
+        k: tried[k] for k in written if k not in sizes
+    }
+    assert set(tried) - set(written) >= {"bf16", "output_dir", "lora_dropout"}
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_json(stage: int) -> None:
     pytest.importorskip("deepspeed")

@@ -222,7 +222,7 @@ def test_entries_in_another_order(prepared: Any, tmp_path: Path) -> None:
         prepared(datasets=some, curriculum_sampling=True) for some in (entries, entries[::-1])
     )
     assert one[:4] == other[4:] and one[4:] == other[:4]
-    assert "the order of `datasets` has changed" in prepared.told[0]
+    assert "the list of `datasets` and `test_datasets` has changed" in prepared.told[0]
 
 
 def test_a_seed_that_decides_about_rows(prepared: Any, tmp_path: Path) -> None:

@@ -142,5 +142,6 @@ def test_a_training_with_the_wheel_alone(
 def test_the_hosts_help(distributions: Distributions, tmp_path: Path) -> None:
     host = {"env": {"PYTHONPATH": str(distributions.installed)}, "cwd": tmp_path}
     shown = forked_axolotl("--help", **host)
+    assert re.search("aot-check +Show what", shown)
     assert re.search("aot-configs +Write AOT", shown) and re.search("aot-report +Compare", shown)
     assert "usage: axolotl aot-report [-h]" in forked_axolotl("aot-report", "--help", **host)
