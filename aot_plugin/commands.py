@@ -1,4 +1,4 @@
-"""``axolotl aot-check``, ``aot-configs`` and ``aot-report``: the package's commands among the host's.
+"""``axolotl aot-check``, ``aot-configs`` and ``aot-report``: our commands among the host's own.
 
 The host finds them by the entry points `axolotl.cli_commands`. It imports this module for
 `axolotl --help`, too, so the commands themselves are imported when one of them is called.

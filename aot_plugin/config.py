@@ -364,8 +364,8 @@ def _check_adapter(cfg: Mapping[str, Any]) -> None:
         return
     if not any(cfg.get(f"lora_target_{name}") for name in layers):
         raise ValueError(
-            f"`adapter: {cfg['adapter']}` adapts no layer: write `lora_target_linear: true` for all "
-            "linear ones, or name them in `lora_target_modules`"
+            f"`adapter: {cfg['adapter']}` adapts no layer: write `lora_target_linear: true` for "
+            "all linear ones, or name them in `lora_target_modules`"
         )
 
 
