@@ -176,9 +176,11 @@ def _step(step: Step) -> Iterator[str]:
                 f"{larger}."
             )
         if step.variance > NOTABLE and not step.balanced:
+            numbers = [number for number in step.labels.values() if number]
             yield _filled(
                 "Hint: `aot_draw: balanced` draws the labels in equal numbers, which divides the "
-                f"variance of a step's gradient by about {step.variance:.2g}."
+                f"variance of a step's gradient by about {step.variance:.2g}; an epoch then reads "
+                f"the rows of the rarest one {max(numbers) / min(numbers):.0f} times."
             )
 
 
