@@ -80,7 +80,8 @@ def as_text(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
 def labels(labelled: list[Row]) -> dict[str, list[Row]]:
     """Shares of positives, and flipped labels at share 0.5; the quickstart's labelled rows.
 
-    The rows of a smaller share of positives are among those of a larger one. As many positives as
+    The rows of a smaller share of positives are among those of a larger one. `share_0.2_repeated` has
+    the positives of 0.2 four times, so that both labels have as many rows. As many positives as
     negatives are flipped, so that the share stays.
     """
     rng = random.Random(SEED)
@@ -95,6 +96,8 @@ def labels(labelled: list[Row]) -> dict[str, list[Row]]:
     for share in SHARES:
         positives = round(share * count)
         found[f"share_{share}"] = sides[True][:positives] + sides[False][: count - positives]
+    few = found["share_0.2"]
+    found["share_0.2_repeated"] = few + 3 * [each for each in few if each["label"]]
     for flip in FLIPS:
         flipped = round(flip * count / 2)
         found[f"flip_{flip}"] = [
