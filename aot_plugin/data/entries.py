@@ -219,7 +219,9 @@ def _readable(problem: Any, model: type[BaseModel], at: str) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = list(dict.fromkeys((*LOADER_KEYS, *model.model_fields)))
+        turned = "_".join(reversed(key.split("_")))  # `label_field`
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        close = [turned] if turned in known else close
         meant = f"did you mean `{close[0]}`? Accepted are" if close else "accepted are"
         return f"`{at}.{key}` is not an option of this entry's type; {meant} {', '.join(known)}"
     if problem["type"] == "value_error":

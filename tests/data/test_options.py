@@ -178,6 +178,7 @@ def test_keys_that_the_hosts_text_types_do_not_read(kind):
             "`datasets[1].field_lable` is not an option of this entry's type; did you mean `field_"
             f"label`? Accepted are {', '.join((*LOADER_KEYS, *DefaultOptions.model_fields))}",
         ),
+        (ENTRY | {"label_field": "x"}, "did you mean `field_label`?"),
         (ENTRY | {"data_files": "a.jsonl"}, "`datasets[1].data_files: a.jsonl` is wrong"),
         (ENTRY | {"shards": 0}, "`datasets[1].shards: 0` is wrong"),
         (

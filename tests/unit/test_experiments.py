@@ -163,6 +163,11 @@ def test_every_share_of_positives_is_what_its_name_says(
 
     rows = [{"completion": str(i), "label": i < true} for i in range(true + false)]
     found = data.labels(rows)
+    repeated = found.pop("share_0.2_repeated")
+    assert sum(row["label"] for row in repeated) == pytest.approx(0.5 * len(repeated), abs=2)
+    assert {row["completion"] for row in repeated} == {
+        row["completion"] for row in found["share_0.2"]
+    }
     assert len({len(each) for each in found.values()}) == 1
     for share in data.SHARES:
         each = found[f"share_{share}"]
