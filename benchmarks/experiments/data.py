@@ -80,8 +80,8 @@ def as_text(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
 def labels(labelled: list[Row]) -> dict[str, list[Row]]:
     """Shares of positives, and flipped labels at share 0.5; the quickstart's labelled rows.
 
-    The rows of a smaller share of positives are among those of a larger one. `share_0.2_repeated` has
-    the positives of 0.2 four times, so that both labels have as many rows. As many positives as
+    The rows of a smaller share of positives are among those of a larger one. `share_0.2_repeated`
+    has the positives of 0.2 four times, so that both labels have as many rows. As many positives as
     negatives are flipped, so that the share stays.
     """
     rng = random.Random(SEED)
