@@ -224,7 +224,6 @@ def test_importing_the_plugin_brings_in_nothing_new() -> None:
         "config",
         "digests",
         "entry_type",
-        "files",
         "host",
         "host.adapter_keys",
         "host.compat",
