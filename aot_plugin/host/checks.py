@@ -49,6 +49,10 @@ SAVED_REFERENCE = "aot_reference.json"
 RANDOM_TOKENS = 64
 """Length of the longest of them."""
 
+NEWEST_TOKENS = 16
+"""Number of tokens with the highest ids, which have a row of their own: there are those with which
+the run extends the vocabulary, whose embeddings the host draws at random."""
+
 WIDER = 8
 """Columns of padding that are added to get another layout."""
 
@@ -314,8 +318,8 @@ def reference_of_random_rows(
     checkpoint: Path | None,
     gather: Callable[[Tensor], Tensor],
 ) -> dict[str, Any]:
-    """What the reference says of random rows: log-probabilities of sequences, in nats, and the
-    vocabulary that the rows were drawn from, for ``SAVED_REFERENCE``.
+    """What the reference says of random rows and of the newest tokens: log-probabilities of
+    sequences, in nats, and the vocabulary that the rows were drawn from, for ``SAVED_REFERENCE``.
 
     Args:
         scorer: scores batches under policy and reference.
@@ -333,8 +337,9 @@ def reference_of_random_rows(
     vocabulary = min(vocabulary, model.config.get_text_config().vocab_size)
     if before is not None:
         vocabulary = before["vocabulary"]
-    rows = batch_of(probe_rows(vocabulary, RANDOM_TOKENS))
-    batch = {name: values.to(settings.device) for name, values in rows.items()}
+    rows = probe_rows(vocabulary, RANDOM_TOKENS)
+    rows.append((rows[0][0], list(range(max(vocabulary - NEWEST_TOKENS, 0), vocabulary))))
+    batch = {name: values.to(settings.device) for name, values in batch_of(rows).items()}
     reference = scorer.reference_logps(batch)
     if checkpoint is not None:
         # Whether or not this rank finds the file: all ranks make the same passes.
@@ -347,7 +352,8 @@ def reference_of_random_rows(
             raise ValueError(
                 "the reference is not the one with which this run began: its log-probabilities of "
                 f"random rows differ from those in {checkpoint / SAVED_REFERENCE} by {found}. "
-                "`base_model` has other weights than then, or another precision or quantization: "
+                "`base_model` has other weights than then, or another precision or quantization, or "
+                "the embeddings of new tokens were drawn with another `seed`: "
                 "write what it was, or start a new run. To go on with this reference all the same, "
                 "remove that file"
             )

@@ -229,3 +229,16 @@ def test_a_resumed_run_keeps_its_reference(
         train(other)
     saved.unlink()
     assert len(train(other).logged("loss")) == 2
+
+
+def test_embeddings_of_new_tokens_drawn_with_another_seed(tiny_model: Path, tmp_path: Path) -> None:
+    """Few random rows hold the one new token. The host draws the full reference's embedding anew."""
+    data = write_rows(tmp_path / "rows.jsonl", paired_rows(16))
+    keys = {"tokens": ["<|new|>"], "save_steps": 1, "seed": 42, **IN_PROCESS}
+    first = config(tiny_model, data, tmp_path / "out", aot_mode="paired", max_steps=1, **keys)
+    train(first)
+    checkpoint = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-1")}
+    again = {**first, **checkpoint, "max_steps": 2, "output_dir": str(tmp_path / "again")}
+    assert len(train(again).logged("loss")) == 2
+    with pytest.raises(ValueError, match=r"not the one with which this run began.*another `seed`"):
+        train({**again, "seed": 7})
