@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .images import read
 from .labels import Drop
 from .levels import LEVEL, levels
-from .options import plain
+from .options import plain, thresholds
 from .render import Renderer
 from .strategy import Rendered, mode_of, parsed_options, rendered, rows_of, template_config
 from .tokens import same_ids
@@ -59,6 +59,7 @@ class RowCounts:
         named: numbers of the first rows with each fault.
         unrendered: as of the ``Renderer``.
         mixed: columns whose values are of several types.
+        thresholds: those that turn ratings into labels or levels; empty where labels are given.
     """
 
     source: str
@@ -74,6 +75,7 @@ class RowCounts:
     named: dict[str, list[int]] = field(default_factory=dict)
     unrendered: dict[str, int] = field(default_factory=dict)
     mixed: list[str] = field(default_factory=list)
+    thresholds: list[float] = field(default_factory=list)
 
     @property
     def responses(self) -> int:
@@ -94,6 +96,15 @@ class RowCounts:
                 f"{self.source}: `{name}` holds values of several types, where `datasets` reads "
                 "text that is JSON by itself (`12`, `null`, a text in quotes) as what it "
                 "describes; write all of its values in one form"
+            )
+        kept = self.positive + self.negative + self.middle
+        if self.thresholds and kept in (self.positive, self.negative) and kept:
+            level = "highest" if self.positive else "lowest"
+            yield (
+                f"{self.source}: all {kept} responses are of the {level} level by its thresholds, "
+                f"{', '.join(f'{at:g}' for at in self.thresholds)}; "
+                "if its ratings are on another scale, give this entry `grades` or "
+                "`positive_min` and `negative_max` of its own"
             )
 
 
@@ -130,6 +141,7 @@ def count_rows(
     paired = mode_of(resolved) == "paired"
     options = parsed_options(resolved)
     render = Renderer(template_config(cfg), options, tokenizer)
+    counts.thresholds = thresholds(options)
     counts.mixed = _mixed_columns(dataset, set(map(str, vars(options).values())))
     dropped: Counter[str] = Counter()
     numbers = range(len(dataset)) if numbers is None else numbers

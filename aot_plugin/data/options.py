@@ -181,6 +181,14 @@ class ThreadsOptions(ConversationOptions):
         return self
 
 
+def thresholds(options: ConversationOptions) -> list[float]:
+    """Those that turn an entry's ratings into levels or labels; none where it has labels."""
+    if not isinstance(options, _Thresholds):
+        return []
+    pair = (options.negative_max, options.positive_min)
+    return options.grades or [at for at in pair if at is not None]
+
+
 def plain(value: Any) -> Any:
     """Converts nested mappings and sequences to built-in dicts and lists.
 

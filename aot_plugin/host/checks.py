@@ -352,9 +352,9 @@ def reference_of_random_rows(
             raise ValueError(
                 "the reference is not the one with which this run began: its log-probabilities of "
                 f"random rows differ from those in {checkpoint / SAVED_REFERENCE} by {found}. "
-                "`base_model` has other weights than then, or another precision or quantization, or "
-                "the embeddings of new tokens were drawn with another `seed`: "
-                "write what it was, or start a new run. To go on with this reference all the same, "
+                "`base_model` has other weights than then, or another precision or quantization, "
+                "or the embeddings of new tokens were drawn with another `seed`: write what it "
+                "was, or start a new run. To go on with this reference all the same, "
                 "remove that file"
             )
     return {"vocabulary": vocabulary, "logps": reference.tolist()}

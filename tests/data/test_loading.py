@@ -306,8 +306,8 @@ def test_check_labels(columns, message):
     assert counted == "2 positive and 1 negative rows"
 
 
-def resolved_default():
-    entry = {"path": "rows", "type": "chat_template.default"}
+def resolved_default(**options):
+    entry = {"path": "rows", "type": "chat_template.default", **options}
     return next(iter(resolve_unpaired_datasets([entry])[1].values()))
 
 
@@ -387,6 +387,29 @@ def test_columns_of_several_types_are_named(tokenizer):
     count_rows(mixed, resolved_default(), counts, {"sequence_len": 64}, tokenizer)
     (warning,) = (w for w in counts.warnings() if "several types" in w)
     assert warning.startswith("rows: `prompt` holds values of several types")
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "warned"),
+    [
+        ({"grades": [2, 4]}, [0, 1, 1], "all 3 .* lowest level by its thresholds, 2, 4;"),
+        ({"grades": [0.2]}, [5, 1, 4], "all 3 .* highest level by its thresholds, 0.2;"),
+        ({"positive_min": 4, "negative_max": 2}, [0, 3, 1], "all 2 .* lowest .*, 2, 4;"),
+        ({"grades": [2, 4]}, [0, 1, 3], None),
+        ({"grades": [0.5]}, [0, 1, 1], None),
+        ({}, [0, 0, 0], None),
+        ({"grades": [2, 4]}, [None, None], None),
+    ],
+)
+def test_ratings_on_another_scale_than_the_thresholds(tokenizer, options, labels, warned):
+    """Labels 0 and 1 under thresholds of a scale up to 5 would all be of the lowest level."""
+    content = [{"prompt": "?", "completion": str(n), "label": at} for n, at in enumerate(labels)]
+    counts = RowCounts("rows", "train")
+    resolved = resolved_default(**options)
+    count_rows(Dataset.from_list(content), resolved, counts, {"sequence_len": 64}, tokenizer)
+    found = list(counts.warnings())
+    assert bool(found) == bool(warned)
+    assert warned is None or re.search(warned, found[0])
 
 
 @pytest.mark.parametrize(

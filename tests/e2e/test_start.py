@@ -232,7 +232,7 @@ def test_a_resumed_run_keeps_its_reference(
 
 
 def test_embeddings_of_new_tokens_drawn_with_another_seed(tiny_model: Path, tmp_path: Path) -> None:
-    """Few random rows hold the one new token. The host draws the full reference's embedding anew."""
+    """Few random rows hold the one new token, whose embedding the host draws for the reference."""
     data = write_rows(tmp_path / "rows.jsonl", paired_rows(16))
     keys = {"tokens": ["<|new|>"], "save_steps": 1, "seed": 42, **IN_PROCESS}
     first = config(tiny_model, data, tmp_path / "out", aot_mode="paired", max_steps=1, **keys)
