@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,3 +50,42 @@ def test_an_error_that_rounding_explains(rounding: float, explained: bool) -> No
     tokens = torch.ones(2, 3, dtype=torch.int64)
     batch = {"input_ids": tokens, "attention_mask": tokens, "completion_mask": tokens}
     assert (gradient_error(scorer, batch, model, perturbed) == 0) == explained
+
+
+class FirstRowOnly(torch.autograd.Function):
+    """x w, whose gradient in w knows the first row only; that in x is right."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad @ w.T, x[:1].mT.flatten(0, 1) @ grad[:1].flatten(0, 1)
+
+
+@pytest.mark.parametrize("wrong", [None, "dense", "experts", "head"])
+def test_a_layer_that_stands_behind_many_others(wrong: str | None) -> None:
+    """Models whose first layers are dense have their experts, and their kernels, further on."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict()
+    model["dense"] = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(20))
+    model["experts"] = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
+    model["head"] = nn.Linear(4, 4, bias=False)
+
+    def score(batch: Any, weights: Tensor, together: bool) -> Tensor:
+        x = batch["input_ids"][:, None] / 100
+        for name, w in list(model.named_parameters()):
+            broken = together and wrong is not None and wrong in name and name != "dense.0.weight"
+            x = torch.tanh(FirstRowOnly.apply(x, w) if broken else x @ w) + x
+        return (x.sum((1, 2)) * weights).sum()
+
+    scorer: Any = SimpleNamespace(
+        weighted_sum=lambda batch, weights: score(batch, weights, True),
+        weighted_sum_apart=lambda batch, weights: score(batch, weights, False),
+    )
+    tokens = torch.tensor([[1, 2, 3, 4], [4, 1, 1, 2]])
+    batch = {"input_ids": tokens, "attention_mask": tokens, "completion_mask": tokens}
+    assert (gradient_error(scorer, batch, model, nullcontext) > 0.1) == (wrong is not None)
