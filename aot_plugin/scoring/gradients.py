@@ -19,8 +19,9 @@ from .scorer import Scorer
 
 TOLERANCE = 0.25
 """Relative error that is rounding without further ado. In bf16 on a CPU rounding makes 0.002 to
-0.06 (SmolLM2-135M; random Llama, Mixtral, Qwen3-MoE, DeepSeek-V3, Gemma 2 and Falcon Mamba models of
-8 layers), and 0.1 in the magnitudes of DoRA; Axolotl's `tiled_mlp` with two rows is off by 0.4 to 0.8."""
+0.06 (SmolLM2-135M; random Llama, Mixtral, Qwen3-MoE, DeepSeek-V3, Gemma 2 and Falcon Mamba models
+of 8 layers), and 0.1 in the magnitudes of DoRA; Axolotl's `tiled_mlp` with two rows is off by 0.4
+to 0.8."""
 
 TIMES_ROUNDING = 1.5
 """How many times the measured rounding a larger error may be. Not more: what is measured shifts the
