@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -10,10 +11,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     The folder is created if needed. A reader, and the next run after one that was killed, see the
     old content or the new one. If ``write`` raises an error, ``path`` is unchanged and no file is
-    left over.
+    left over. A symbolic link stays one.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the process's number: containers that share a folder have the same ones.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         write(temporary)
         os.replace(temporary, path)

@@ -169,3 +169,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_write_through_a_symbolic_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "file.txt"
+    link.symlink_to(tmp_path / "elsewhere" / "file.txt")
+    write_atomically(link, lambda file: file.write_text("new"))
+    assert link.is_symlink() and (tmp_path / "elsewhere" / "file.txt").read_text() == "new"
