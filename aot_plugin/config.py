@@ -360,7 +360,10 @@ def _check_entries(cfg: Mapping[str, Any]) -> None:
 def _check_adapter(cfg: Mapping[str, Any]) -> None:
     """Refuses an adapter of no layer, which PEFT would refuse once the model is loaded."""
     layers = ("linear", "modules", "parameters")
+    # A saved adapter has its own layers; `axolotl merge-lora` sets `merge_lora`.
     if cfg.get("adapter") not in ("lora", "qlora") or cfg.get("lora_model_dir"):
+        return
+    if cfg.get("merge_lora"):
         return
     if not any(cfg.get(f"lora_target_{name}") for name in layers):
         raise ValueError(

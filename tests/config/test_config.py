@@ -206,6 +206,14 @@ def test_a_flag_that_the_hosts_command_swallows_is_refused(
         AOTPlugin().register(aot())
 
 
+def test_an_adapter_to_merge_has_its_own_layers() -> None:
+    """The host's command says where it is only once the config is validated."""
+    lora = aot(adapter="lora", lora_r=8)
+    assert desugar(lora | {"merge_lora": True})["rl"] == "dpo"
+    with pytest.raises(ValueError, match="adapts no layer"):
+        desugar(lora)
+
+
 @pytest.mark.slow
 def test_importing_the_plugin_brings_in_nothing_new() -> None:
     """Beyond what the host has imported when it looks for plugins, only our own light modules."""
