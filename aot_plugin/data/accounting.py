@@ -16,9 +16,10 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from .images import read
+from .json_columns import mixed_columns
 from .labels import Drop
 from .levels import LEVEL, levels
-from .options import plain, thresholds
+from .options import columns_named, plain, thresholds
 from .render import Renderer
 from .strategy import Rendered, mode_of, parsed_options, rendered, rows_of, template_config
 from .tokens import same_ids
@@ -142,7 +143,9 @@ def count_rows(
     options = parsed_options(resolved)
     render = Renderer(template_config(cfg), options, tokenizer)
     counts.thresholds = thresholds(options)
-    counts.mixed = _mixed_columns(dataset, set(map(str, vars(options).values())))
+    content = options.message_property_mappings["content"]
+    mixed = mixed_columns(dataset, content)
+    counts.mixed = [name for name in mixed if name in columns_named(options)]
     dropped: Counter[str] = Counter()
     numbers = range(len(dataset)) if numbers is None else numbers
     counts.pairs = 0 if paired else None
@@ -179,13 +182,6 @@ def count_rows(
     counts.dropped = {drop.value: dropped[drop.value] for drop in Drop if dropped[drop.value]}
     counts.unrendered = dict(render.unrendered)
     return counts
-
-
-def _mixed_columns(dataset: Dataset, read: set[str]) -> list[str]:
-    """Those of the columns that are read which ``datasets`` stores as JSON, since one type does not
-    hold all of their values."""
-    schema = dataset.data.schema
-    return [each.name for each in schema if each.name in read and "arrow.json" in str(each.type)]
 
 
 def _without_identical(

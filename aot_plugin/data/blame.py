@@ -19,6 +19,7 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict
 
 from .host_types import first_unrepresented
+from .json_columns import is_json
 from .options import ConversationOptions
 
 LOG = get_logger("axolotl.aot_plugin.data")
@@ -120,7 +121,10 @@ def _other_ends(dataset: Dataset, strategy: Callable[..., Any], cfg: Any) -> tup
 
 
 def _holds_turns(dataset: Dataset, name: str) -> bool:
-    return name in dataset.column_names and pa.types.is_nested(dataset.data.column(name).type)
+    if name not in dataset.column_names:
+        return False
+    kind = dataset.data.column(name).type
+    return pa.types.is_nested(kind) or is_json(kind)
 
 
 def _problems(cfg: Any, error: Exception) -> Iterator[str]:
@@ -196,4 +200,6 @@ def _bad_row(
 def _root(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, StopIteration):  # of `datasets`, without a word
+        return "no rows are in it (a path with brackets is taken for a pattern)"
     return f"{type(error).__name__}: {error}"

@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
+from .json_columns import is_json
+
 Strategy = Callable[[dict[str, Any]], Mapping[str, Any]]
 CALLS = "tool_calls"
 
@@ -36,12 +38,15 @@ def first_unrepresented(
             number = next(n for n, value in enumerate(dataset[name]) if value is None)
             if _null_shows(dataset[number], name, strategy, texts):
                 return number, f'`{name}` is null; remove the row, or write an empty text as ""'
-    nested = [name for name in columns if pa.types.is_nested(dataset.data.column(name).type)]
+    types = {name: dataset.data.column(name).type for name in columns}
+    nested = [name for name in columns if pa.types.is_nested(types[name]) or is_json(types[name])]
     if not nested:
         return None
     known: dict[tuple[Any, ...], str | None] = {}
     for number, row in enumerate(dataset):
         for name in nested:
+            if type(row[name]) in (str, int, float):
+                continue  # in a column of several types
             shape = (name, _shape(row[name]))
             if shape not in known:
                 known[shape] = _lost(row, name, strategy, texts)

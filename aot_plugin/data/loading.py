@@ -32,6 +32,7 @@ from ..files import write_atomically
 from .accounting import RowCounts, check_labels, count_rows, table
 from .blame import BadRow, check_host_type, naming_the_row
 from .images import check_images, has_images, with_turns
+from .json_columns import encoded_texts, mixed_columns, with_text
 from .labels import Drop
 from .levels import LEVEL, label_in_words, levels
 from .mixing import is_mixed, rows_taken
@@ -239,7 +240,20 @@ def _count_split(
         loaded = load_dataset_with_config(entry, cfg.hf_use_auth_token)
         check_split(loaded, entry, split)
         dataset = all_rows(loaded)
+        _refuse_encoded_texts(dataset, entry)
         yield count_entry(cfg, entry, split, dataset, tokenizer, seen)
+
+
+def _refuse_encoded_texts(dataset: Dataset, entry: Any) -> None:
+    """Raises BadRow for a column that ``encoded_texts`` finds."""
+    if found := encoded_texts(dataset):
+        name, first, cause = found
+        raise BadRow(
+            f"{entry['path']}, row {first}: from there on `datasets` has replaced the text in "
+            f"`{name}` by its JSON, in quotes and with escapes, since row {cause} holds no text "
+            "there, and all rows of the first 10 MiB of the first file do; write all values of "
+            "the column in one form"
+        )
 
 
 def count_entry(
@@ -263,7 +277,7 @@ def count_entry(
     images = check_images(dataset, entry["path"], numbers) if has_images(dataset) else None
     resolved = resolved_entry(entry, cfg)
     if resolved is None:
-        counts.counted = False
+        counts.counted, counts.mixed = False, mixed_columns(dataset)
         if weightless := _weighed(dataset, entry, numbers)[1]:
             counts.dropped = {Drop.WEIGHTLESS.value: weightless}
         return counts
@@ -314,6 +328,8 @@ def _load_taken(cfg: Any, load: Callable[..., Any], entry: Any, *args: Any, **kw
     The host's RL loader would read every row once, unchanged.
     """
     dataset, resolved = all_rows(load(entry, *args, **kwargs)), resolved_entry(entry, cfg)
+    if resolved is None:
+        dataset = with_text(dataset)
     # Rows of turns with images need no type: TRL's collator reads them as they are.
     if resolved is None and (entry.get("type") or not has_images(dataset)):
         check_host_type(dataset, entry, cfg)

@@ -181,6 +181,16 @@ class ThreadsOptions(ConversationOptions):
         return self
 
 
+def columns_named(options: ConversationOptions) -> set[str]:
+    """The columns that an entry's options name, also by a member (``column.member``)."""
+    found: set[str] = set()
+    for value in vars(options).values():
+        names = value if isinstance(value, list) else [value]
+        found |= {name.partition(".")[0] for name in names if isinstance(name, str)}
+        found |= {name for name in names if isinstance(name, str)}
+    return found
+
+
 def thresholds(options: ConversationOptions) -> list[float]:
     """Those that turn an entry's ratings into levels or labels; none where it has labels."""
     if not isinstance(options, _Thresholds):
