@@ -373,6 +373,7 @@ def common_divergences(arms: list[Arm]) -> list[float]:
     """Three divergences that as many seeds as possible cover: by default."""
     ends = [(curve[0]["kl"], curve[-1]["kl"]) for a in arms for curve in a.curves.values()]
     low, high = (float(np.median(end)) for end in zip(*ends, strict=True))
+    low = max(low, high / 100)  # with `--from-base` curves begin at 0
     if low >= high:
         return []
     return [round(float(kl), 1) for kl in np.geomspace(low, high, 5)[1:-1]]
