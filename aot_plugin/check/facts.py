@@ -201,6 +201,7 @@ class Facts:
         config: the file.
         settings: keys of the loss and their values.
         asked: rows of each entry that were to be looked at.
+        held_out: `val_set_size`, the number or share of rows that the host holds out at random.
         no_memory: why nothing is known of the model; None if it is.
         failure: why a training would fail for its rows; None if nothing says so.
     """
@@ -208,6 +209,7 @@ class Facts:
     config: str
     settings: Mapping[str, object]
     asked: int
+    held_out: float
     entries: Sequence[Entry]
     shown: Sequence[Shown]
     step: Step

@@ -69,6 +69,7 @@ def _facts(path: Path, rows: int, ranks: int) -> Facts:
         config=str(path),
         settings=settings(cfg),
         asked=rows,
+        held_out=cfg.val_set_size or 0,
         entries=entries,
         shown=shown(train, cfg, tokenizer),
         step=step_facts(cfg, ranks, [entry for entry, _ in train]),

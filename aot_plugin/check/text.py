@@ -61,6 +61,18 @@ def _rows(facts: Facts) -> Iterator[str]:
         yield _filled(f"{entry.where}: {'; '.join(_about(entry, facts.asked))}")
         for warning in entry.counts.warnings():
             yield _filled(f"Warning: {warning}")
+    if facts.held_out:
+        yield _filled(_held_out(facts))
+
+
+def _held_out(facts: Facts) -> str:
+    said = f"`val_set_size: {facts.held_out:g}` will hold out rows at random"
+    if all(count == 1 for entry in facts.entries for count in entry.prompts.values()):
+        return f"{said}."
+    return (
+        f"{said}. Hint: some prompts have several rows, so most of these would be trained and "
+        "evaluated; rows of other prompts in a file of their own (`test_datasets`) measure more."
+    )
 
 
 def _about(entry: Entry, asked: int) -> Iterator[str]:

@@ -239,6 +239,15 @@ def test_hints(check: Any, entry: Any) -> None:
     assert "No row was kept" in plain(check([entry(PAIRS)], aot_mode="paired", sequence_len=1))
 
 
+def test_rows_held_out_at_random(check: Any, entry: Any) -> None:
+    """Several rows of a prompt would stand on both sides."""
+    assert "hold out rows" not in plain(check([entry(PAIRS)], aot_mode="paired"))
+    text = plain(check([entry(PAIRS)], aot_mode="paired", val_set_size=0.5))
+    assert "`val_set_size: 0.5` will hold out rows at random. ==" in text
+    text = plain(check([entry(PAIRS * 2)], aot_mode="paired", val_set_size=2))
+    assert "`val_set_size: 2` will hold out rows at random. Hint: some prompts have several" in text
+
+
 def test_warnings(check: Any, entry: Any) -> None:
     empty = [{**LABELLED[0], "completion": ""}]
     text = plain(check([entry(empty + LABELLED)]))
