@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .data import LEVEL, WEIGHT, is_text, prepare_tokens, rows_cut
 from .host.adapters import policy_to_start_from, refuse_another_start, save_adapter_only
-from .host.checks import refuse_inexact, warn_of_unread_options
+from .host.checks import refuse_inexact, save_reference, warn_of_unread_options
 from .host.images import ImageCollator
 from .host.loaded_models import loaded_after
 from .host.model_card import PAPER, ModelCardMixin
@@ -98,6 +98,13 @@ class AOTTrainerMixin(StepsMixin, PrecomputeMixin, RowColumnsMixin, ModelCardMix
             self._resumed_from = Path(found)
             refuse_another_start(self._resumed_from, self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The host's saving. A checkpoint also gets what a resumed run is compared with, before the
+        host uploads it (``hub_strategy: checkpoint``)."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir and self.args.should_save:
+            save_reference(Path(output_dir), self._said_of_random_rows)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str

@@ -1,9 +1,7 @@
 """Callbacks of the trainer: a short console line per log, a warning, and two of the host."""
 
-import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from axolotl.utils.callbacks import LossWatchDogCallback
@@ -17,9 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..files import write_atomically
 from ..report.scores import UNITS
-from .checks import SAVED_REFERENCE
 from .sampling import steps_per_epoch
 
 LOG = get_logger("axolotl.aot_plugin.host.callbacks")
@@ -30,7 +26,6 @@ def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
     rows = "pairs" if cfg["aot_mode"] == "paired" else "rows"
     found: list[TrainerCallback] = [
         StepLine(rows, trainer.accelerator.num_processes, UNITS[cfg["aot_score"]]),
-        SavedReference(trainer),
         OtherEpochs(),
     ]
     if trainer.eval_dataset is not None:
@@ -40,22 +35,6 @@ def callbacks(cfg: Any, trainer: Any) -> list[TrainerCallback]:
     if cfg.loss_watchdog_threshold is not None:
         found.append(LossWatchDogCallback(cfg))
     return found
-
-
-class SavedReference(TrainerCallback):
-    """Writes into each checkpoint what a resumed run is to be compared with."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        said = self._trainer._said_of_random_rows
-        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if said is not None and args.should_save and checkpoint.is_dir():
-            file = checkpoint / SAVED_REFERENCE
-            write_atomically(file, lambda file: file.write_text(json.dumps(said)))
 
 
 class UnusedEvaluationRows(TrainerCallback):

@@ -6,7 +6,7 @@ jitter, adapters that change the base model, another RoPE, added tokens). So the
 behaviour: the rows are scored again, and a difference larger than rounding is refused.
 
 In a resumed run the policy has been trained. There the reference is compared with what it said at
-the beginning, of random rows, which each checkpoint holds (``SavedReference``).
+the beginning, of random rows, which each checkpoint holds (``save_reference``).
 """
 
 import json
@@ -23,6 +23,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..files import write_atomically
 from ..ot.losses import LOSSES
 from ..scoring.gradients import gradient_error
 from ..scoring.model_input import FIELDS, MORE, Batch
@@ -317,9 +318,11 @@ def reference_of_random_rows(
     settings: Any,
     checkpoint: Path | None,
     gather: Callable[[Tensor], Tensor],
+    bits: dict[str, list[int]] | None = None,
 ) -> dict[str, Any]:
     """What the reference says of random rows and of the newest tokens: log-probabilities of
-    sequences, in nats, and the vocabulary that the rows were drawn from, for ``SAVED_REFERENCE``.
+    sequences, in nats, the vocabulary that the rows were drawn from, and the bits of its weights,
+    for ``SAVED_REFERENCE``.
 
     Args:
         scorer: scores batches under policy and reference.
@@ -329,6 +332,7 @@ def reference_of_random_rows(
         settings: the training arguments.
         checkpoint: the one from which the run is resumed; None in a new run.
         gather: as in ``check_start``.
+        bits: those of its weights (``bits_of_reference``).
 
     Raises:
         ValueError: on all ranks, if the checkpoint holds others than rounding explains.
@@ -357,13 +361,31 @@ def reference_of_random_rows(
                 "was, or start a new run. To go on with this reference all the same, "
                 "remove that file"
             )
-    return {"vocabulary": vocabulary, "logps": reference.tolist()}
+    known = None if before is None else before.get("bits")
+    if bits and known and bits != known:
+        LOG.warning(
+            "the weights of the reference are not those with which this run began, although its "
+            "log-probabilities of random rows are the same within rounding; by dtype there were "
+            "%s elements and are %s. Has `base_model` changed, or its precision or quantization?",
+            *(
+                ", ".join(f"{n:,} {dtype}" for dtype, (n, _) in each.items())
+                for each in (known, bits)
+            ),
+        )
+    return {"vocabulary": vocabulary, "logps": reference.tolist(), "bits": bits}
 
 
 def saved_reference(checkpoint: Path) -> dict[str, Any] | None:
     """What a checkpoint holds of it; None if it holds nothing, as those of earlier releases."""
     file = checkpoint / SAVED_REFERENCE
     return json.loads(file.read_text()) if file.is_file() else None
+
+
+def save_reference(checkpoint: Path, said: dict[str, Any] | None) -> None:
+    """Writes what ``reference_of_random_rows`` returned into a checkpoint."""
+    if said is not None:
+        file = checkpoint / SAVED_REFERENCE
+        write_atomically(file, lambda file: file.write_text(json.dumps(said)))
 
 
 def check_gradient(

@@ -63,16 +63,43 @@ def identify(
     """
     model = policy if ref_model is None else ref_model
     adapters = getattr(policy, "peft_config", {})
-    trained = set(adapters) - {REFERENCE_ADAPTER}
     frozen = adapters.get(REFERENCE_ADAPTER) if ref_model is None else None
 
-    def counts(name: str) -> bool:
-        # In peft the adapter's name is a part of the names of its modules and weights.
-        return trained.isdisjoint(name.split("."))
-
+    counts = belongs_to_reference(policy)
     settings = settings | {"adapter": described(frozen) if frozen else None}
     computation = digest(forward_pass(model, counts, settings))
     return Identity(rows_digest(dataset), _weights_digest(model, counts), computation)
+
+
+def belongs_to_reference(policy: nn.Module) -> Callable[[str], bool]:
+    """Tells by its name whether a weight is the reference's: all but those of trained adapters."""
+    trained = set(getattr(policy, "peft_config", {})) - {REFERENCE_ADAPTER}
+    # In peft the adapter's name is a part of the names of its modules and weights.
+    return lambda name: trained.isdisjoint(name.split("."))
+
+
+def bits_of_reference(
+    policy: nn.Module, ref_model: nn.Module | None
+) -> dict[str, list[int]] | None:
+    """By dtype the number of the reference's parameters and the sum of their bits as integers.
+
+    Any change shows, and no tensor leaves its device; a digest would take a minute for a large
+    model. None if this process does not hold all parameters. Arguments as of ``identify``.
+    """
+    counts = belongs_to_reference(policy)
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    found: dict[str, list[int]] = {}
+    for name, parameter in (policy if ref_model is None else ref_model).named_parameters():
+        if not counts(name):
+            continue
+        weight = parameter.detach()
+        if weight.is_meta or isinstance(weight, DTensor) or not weight.numel():
+            return None
+        bits = weight.contiguous().reshape(-1).view(integers[min(weight.itemsize, 8)])
+        numbers = found.setdefault(str(weight.dtype).removeprefix("torch."), [0, 0])
+        numbers[0] += weight.numel()
+        numbers[1] += int(bits.sum(dtype=torch.int64))
+    return found
 
 
 def reference_key(nodes: Sequence[Identity]) -> str | None:

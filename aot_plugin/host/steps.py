@@ -23,6 +23,7 @@ from .checks import (
     some_weights,
 )
 from .evaluation import EvaluationMixin
+from .reference_cache import bits_of_reference
 from .repeated_rows import without_repeated_rows
 from .speed import permits, speed_features, why_no_gradient_aside
 
@@ -138,8 +139,10 @@ class StepsMixin(EvaluationMixin):
         if why_no_gradient_aside(self) is None:
             check_gradient(scorer, batch, model, args, gather)
         if self._has_reference and not self._is_vision_dataset:  # a random token may mean an image
+            is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            bits = bits_of_reference(model, self.ref_model) if is_whole else None
             self._said_of_random_rows = reference_of_random_rows(
-                scorer, model, len(self._tokenizer), args, self._resumed_from, gather
+                scorer, model, len(self._tokenizer), args, self._resumed_from, gather, bits
             )
 
     def _collate(self, sequences: Sequences, rows: Any) -> Batch:

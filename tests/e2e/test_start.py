@@ -205,7 +205,7 @@ def test_a_wrong_backward_pass_for_several_rows(
     ids=["adapter", "full", "cached reference"],
 )
 def test_a_resumed_run_keeps_its_reference(
-    mode: str, keys: dict[str, Any], tiny_model: Path, tmp_path: Path
+    mode: str, keys: dict[str, Any], tiny_model: Path, tmp_path: Path, caplog: Any
 ) -> None:
     """Other weights under the same path show in what the reference says of random rows."""
     base = shutil.copytree(tiny_model, tmp_path / "model")
@@ -220,7 +220,14 @@ def test_a_resumed_run_keeps_its_reference(
     others = {"attn_implementation": "eager", "output_dir": str(tmp_path / "again")}
     assert len(train({**again, **others}).logged("loss")) == 2
 
+    assert "the weights of the reference are not" not in caplog.text
     weights = load_file(base / "model.safetensors")
+    changed = weights["model.norm.weight"]
+    changed[0] = torch.nextafter(changed[0], changed[0] + 1)  # too little for any score to show
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert len(train({**again, **others}).logged("loss")) == 2
+    assert "the weights of the reference are not those with which this run began" in caplog.text
+
     name = next(name for name in weights if "layers.0" in name and "q_proj" in name)
     weights[name] *= 1.1
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
@@ -229,6 +236,26 @@ def test_a_resumed_run_keeps_its_reference(
         train(other)
     saved.unlink()
     assert len(train(other).logged("loss")) == 2
+
+
+def test_the_reference_is_saved_before_a_checkpoint_is_uploaded(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`hub_strategy: checkpoint` uploads it once the optimizer is saved."""
+    from transformers import Trainer
+
+    save, seen = Trainer._save_optimizer_and_scheduler, []
+
+    def watched(self: Any, output_dir: str) -> None:
+        seen.append((Path(output_dir) / SAVED_REFERENCE).is_file())
+        save(self, output_dir)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", watched)
+    data = write_rows(tmp_path / "rows.jsonl", paired_rows(16))
+    keys = {"aot_mode": "paired", "max_steps": 2, "save_steps": 1, **IN_PROCESS}
+    train(config(tiny_model, data, tmp_path / "out", **keys))
+    assert seen == [True, True]
+    assert not (tmp_path / "out" / SAVED_REFERENCE).exists()
 
 
 def test_embeddings_of_new_tokens_drawn_with_another_seed(tiny_model: Path, tmp_path: Path) -> None:
