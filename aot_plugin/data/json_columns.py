@@ -22,7 +22,7 @@ WINDOW = 1000
 NONE_OF = 10_000
 """So many values without a text in quotes, and the column is one of numbers."""
 
-_NEARLY_A_NUMBER = re.compile(r"-?[\d.]*")
+_NEARLY_A_NUMBER = re.compile(r"-?[\d.]+|-")
 """What its parser takes for a number, and Python's does not: "01", "1.", "-"."""
 
 _NULL = type(None)

@@ -81,11 +81,20 @@ def test_a_later_chunk_of_a_large_file(tmp_path):
         (rows(3), rows(3)),
         (rows(3), rows(3, completion=7)),
         (rows(3), [*rows(1, completion='"Quoted"'), *rows(1, completion='"Quoted too"')]),
+        (rows(3), [*rows(1, completion=""), *rows(1, completion='"Quoted"')]),
         (rows(3), [*rows(1, completion="12"), *rows(1, completion="null")]),
         (rows(3, completion='"Quoted"'), rows(3, completion='{"answer": 1}')),
         ([*rows(3), *rows(1, completion=7)], rows(3)),
     ],
-    ids=["text", "numbers", "quotes", "text like JSON", "answers in JSON", "in the first file"],
+    ids=[
+        "text",
+        "numbers",
+        "quotes",
+        "an empty text",
+        "text like JSON",
+        "answers in JSON",
+        "in the first file",
+    ],
 )
 def test_files_that_are_read_rightly(parts, files):
     dataset = load_dataset(files(*parts), split="train")
