@@ -66,7 +66,8 @@ def _rows(facts: Facts) -> Iterator[str]:
 
 
 def _held_out(facts: Facts) -> str:
-    said = f"`val_set_size: {facts.held_out:g}` will hold out rows at random"
+    size = f"{facts.held_out:,.15g}"
+    said = f"`val_set_size: {size}` will hold out rows at random"
     if all(count == 1 for entry in facts.entries for count in entry.prompts.values()):
         return f"{said}."
     return (

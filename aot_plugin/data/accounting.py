@@ -102,10 +102,10 @@ class RowCounts:
         if self.thresholds and kept in (self.positive, self.negative) and kept:
             level = "highest" if self.positive else "lowest"
             yield (
-                f"{self.source}: all {kept} responses are of the {level} level by its thresholds, "
-                f"{', '.join(f'{at:g}' for at in self.thresholds)}; "
-                "if its ratings are on another scale, give this entry `grades` or "
-                "`positive_min` and `negative_max` of its own"
+                f"{self.source}: all {kept} responses are of the {level} level by the thresholds "
+                f"{', '.join(f'{at:g}' for at in self.thresholds)}; are its ratings on another "
+                "scale? An entry may have thresholds of its own (`grades`, or `positive_min` and "
+                "`negative_max`)"
             )
 
 
@@ -144,8 +144,8 @@ def count_rows(
     render = Renderer(template_config(cfg), options, tokenizer)
     counts.thresholds = thresholds(options)
     content = options.message_property_mappings["content"]
-    mixed = mixed_columns(dataset, content)
-    counts.mixed = [name for name in mixed if name in columns_named(options)]
+    columns = columns_named(options, dataset.column_names)
+    counts.mixed = [name for name in mixed_columns(dataset, content) if name in columns]
     dropped: Counter[str] = Counter()
     numbers = range(len(dataset)) if numbers is None else numbers
     counts.pairs = 0 if paired else None

@@ -18,7 +18,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict
 
-from .host_types import first_unrepresented
+from .host_types import columns_read, first_unrepresented
 from .json_columns import is_json
 from .options import ConversationOptions
 
@@ -100,6 +100,16 @@ def check_host_type(dataset: Dataset, entry: Any, cfg: Any) -> None:
             entry["path"],
             TOOLS,
         )
+
+
+def columns_of_host_type(dataset: Dataset, entry: Any, cfg: Any) -> list[str]:
+    """The columns that a type which is not ours reads; all, if that can't be said."""
+    kind = entry.get("type")
+    if not kind:
+        return list(TEXTS[cfg["aot_mode"]])
+    strategy, _ = _loaded(DictDefault({**cfg, "datasets": [entry]}), kind, 0)
+    read = columns_read(dataset[0], strategy) if strategy is not None and len(dataset) else []
+    return read or dataset.column_names
 
 
 def _other_ends(dataset: Dataset, strategy: Callable[..., Any], cfg: Any) -> tuple[str, str] | None:

@@ -73,6 +73,8 @@ def first_rows(
         dataset, more = _read(entry, split, limit, cfg.hf_use_auth_token)
     seen: set[int] | None = set() if cfg.dataset_exact_deduplication else None
     counts = count_entry(cfg, entry, split, dataset, tokenizer, seen)
+    if more:
+        counts.thresholds = []  # the first rows may be of one level, and the others not
     alone = {
         "datasets": [entry],
         "test_datasets": None,
@@ -113,7 +115,11 @@ def _streamed(entry: Any, split: str, count: int, token: Any) -> Dataset | None:
         # came out as the text of their JSON.
         tables = stream.with_format("arrow").iter(batch_size=count)
         table = next(tables, None)
-        return None if table is None else Dataset(table)
+        if table is None:
+            return None
+        rows = Dataset(table)
+        rows.info.builder_name = stream.info.builder_name
+        return rows
     except BadRow:
         raise
     except Exception:

@@ -234,7 +234,7 @@ def _sources(cfg: Any, entries: Iterable[Any]) -> Iterator[Path]:
     yield from _file(cfg.chat_template_jinja)
     options: Mapping[str, Any] = cfg.aot_datasets or {}
     for entry in entries:
-        yield from _rows(entry)
+        yield from local_files(entry)
         kind = entry["type"]
         resolved = options.get(str(kind).rpartition("_")[2]) or {}
         jinja = entry.get("chat_template_jinja") or resolved.get("options", {}).get(
@@ -245,7 +245,8 @@ def _sources(cfg: Any, entries: Iterable[Any]) -> Iterator[Path]:
             yield from _module(resolved.get("strategy") or kind)
 
 
-def _rows(entry: Any) -> Iterator[Path]:
+def local_files(entry: Any) -> Iterator[Path]:
+    """Yields the files that hold an entry's rows; none if they come from the hub."""
     path, data_files = Path(entry["path"]), entry.get("data_files")
     if data_files and not path.is_file():
         groups = data_files.values() if isinstance(data_files, Mapping) else [data_files]

@@ -32,7 +32,7 @@ def first_unrepresented(
     """
     if not len(dataset):
         return None
-    columns = _columns_read(dataset[0], strategy)
+    columns = columns_read(dataset[0], strategy)
     for name in columns:
         if dataset.data.column(name).null_count:
             number = next(n for n, value in enumerate(dataset[name]) if value is None)
@@ -56,7 +56,7 @@ def first_unrepresented(
     return None
 
 
-def _columns_read(row: dict[str, Any], strategy: Strategy) -> list[str]:
+def columns_read(row: dict[str, Any], strategy: Strategy) -> list[str]:
     """The columns that a strategy reads; none if it fails, which is reported elsewhere."""
     read: list[str] = []
 

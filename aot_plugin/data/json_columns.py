@@ -9,7 +9,8 @@ with escapes, and nothing decodes it.
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path as FilePath
 from typing import Any
 
 import pyarrow as pa
@@ -19,10 +20,12 @@ from datasets import Dataset, Features, Value
 WINDOW = 1000
 """Rows that are read at once."""
 
-NONE_OF = 10_000
-"""So many values without a text in quotes, and the column is one of numbers."""
+CHUNK = 10 << 20
+"""Bytes that `datasets` reads at once."""
 
-_NEARLY_A_NUMBER = re.compile(r"-?[\d.]+|-")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+
+_NEARLY_A_NUMBER = re.compile(r"-?\d[\d.]*|-")
 """What its parser takes for a number, and Python's does not: "01", "1.", "-"."""
 
 _NULL = type(None)
@@ -66,39 +69,50 @@ def with_text(dataset: Dataset) -> Dataset:
     return dataset.map(write, batched=True, features=features)
 
 
-def encoded_texts(dataset: Dataset) -> tuple[str, int, int] | None:
-    """The first column of a JSON file whose later texts are their JSON (see above).
+def encoded_texts(
+    dataset: Dataset, columns: Iterable[str], files: Sequence[FilePath] = ()
+) -> tuple[str, int] | None:
+    """The first column of JSON files whose later texts are their JSON (see above).
 
-    Such a column ends with values that are all JSON, of which some are texts in quotes and some are
-    not, and has other text before.
+    Such a column ends with values that are all JSON, most of them texts in quotes, and has other
+    text before.
+
+    Args:
+        dataset: the rows as they were loaded.
+        columns: those that are read; members of one (``column.member``) stand for all of it.
+        files: the local ones that the rows come from, if they are known. One of a single chunk
+            can't be wrong.
 
     Returns:
-        Its name, the row from which on its text is wrong, and a row with a value that is not text;
-        None if there is no such column.
+        Its name, and the row from which on its text is wrong; None if there is no such column.
     """
     if dataset.info.builder_name != "json":
         return None
+    if len(files) == 1 and files[0].suffix not in COMPRESSED and files[0].stat().st_size <= CHUNK:
+        return None
+    read = {name.partition(".")[0] for name in columns} | set(columns)
     for name in dataset.column_names:
-        for path, kind in _leaves(_type(dataset, name)):
+        for path, kind in _leaves(_type(dataset, name)) if name in read else ():
             if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-                found = _encoded_end(_from_the_end(dataset, name, path))
-                if found is not None:
-                    return name, *found
+                first = _encoded_end(_from_the_end(dataset, name, path))
+                if first is not None:
+                    return name, first
     return None
 
 
-def _encoded_end(values: Iterable[tuple[int, str]]) -> tuple[int, int] | None:
-    quoted = other = None
-    for seen, (row, text) in enumerate(values):
+def _encoded_end(values: Iterable[tuple[int, str]]) -> int | None:
+    first, quoted, others, is_escaped = None, 0, 0, False
+    for row, text in values:
         value = _decoded(text)
         if value is text:
-            return (quoted, other) if quoted is not None and other is not None else None
+            # Texts in quotes may be the answers themselves. No writer but this one puts a backslash
+            # before a slash; without one, the value that began it must be there, and be a rarity.
+            return first if is_escaped or quoted > others > 0 else None
         if isinstance(value, str):
-            quoted = row
-        elif quoted is None and seen > NONE_OF:
-            return None
+            first, quoted = row, quoted + 1
+            is_escaped |= "\\/" in text or "\\u" in text
         else:
-            other = row
+            others += 1
     return None  # all of the column is JSON: it was written like this
 
 

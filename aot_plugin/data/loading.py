@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,15 +30,17 @@ from transformers import HfArgumentParser
 
 from ..files import write_atomically
 from .accounting import RowCounts, check_labels, count_rows, table
-from .blame import BadRow, check_host_type, naming_the_row
+from .blame import BadRow, check_host_type, columns_of_host_type, naming_the_row
+from .freshness import local_files
 from .images import check_images, has_images, with_turns
 from .json_columns import encoded_texts, mixed_columns, with_text
 from .labels import Drop
 from .levels import LEVEL, label_in_words, levels
 from .mixing import is_mixed, rows_taken
+from .options import columns_named, plain
 from .rendering import save_rendering
 from .sampler import rows_per_epoch
-from .strategy import arranged, transform_for
+from .strategy import arranged, parsed_options, transform_for
 from .tokens import COMPLETIONS, ids_columns, is_text
 from .weights import WEIGHT, weighed
 
@@ -240,19 +242,18 @@ def _count_split(
         loaded = load_dataset_with_config(entry, cfg.hf_use_auth_token)
         check_split(loaded, entry, split)
         dataset = all_rows(loaded)
-        _refuse_encoded_texts(dataset, entry)
         yield count_entry(cfg, entry, split, dataset, tokenizer, seen)
 
 
-def _refuse_encoded_texts(dataset: Dataset, entry: Any) -> None:
+def _refuse_encoded_texts(dataset: Dataset, entry: Any, columns: Iterable[str]) -> None:
     """Raises BadRow for a column that ``encoded_texts`` finds."""
-    if found := encoded_texts(dataset):
-        name, first, cause = found
+    if found := encoded_texts(dataset, columns, list(local_files(entry))):
+        name, first = found
         raise BadRow(
             f"{entry['path']}, row {first}: from there on `datasets` has replaced the text in "
-            f"`{name}` by its JSON, in quotes and with escapes, since row {cause} holds no text "
-            "there, and all rows of the first 10 MiB of the first file do; write all values of "
-            "the column in one form"
+            f"`{name}` by its JSON, in quotes and with escapes: a value there, or in a row nearby, "
+            "is no text, and all rows of the first 10 MiB of the first file hold text; write all "
+            "values of the column in one form"
         )
 
 
@@ -271,13 +272,19 @@ def count_entry(
         ValueError: if a row can't be read; names it.
     """
     counts = RowCounts(entry["path"], split, rows=len(dataset))
+    resolved = resolved_entry(entry, cfg)
+    if resolved is None:
+        read: Collection[str] = columns_of_host_type(dataset, entry, cfg)
+    else:
+        read = columns_named(parsed_options(plain(resolved)), dataset.column_names)
+    _refuse_encoded_texts(dataset, entry, read)
     dataset, numbers = _taken(dataset, entry, cfg)
     if numbers is not None:
         counts.taken = len(dataset)
     images = check_images(dataset, entry["path"], numbers) if has_images(dataset) else None
-    resolved = resolved_entry(entry, cfg)
     if resolved is None:
-        counts.counted, counts.mixed = False, mixed_columns(dataset)
+        counts.counted = False
+        counts.mixed = [name for name in mixed_columns(dataset) if name in read]
         if weightless := _weighed(dataset, entry, numbers)[1]:
             counts.dropped = {Drop.WEIGHTLESS.value: weightless}
         return counts

@@ -1,6 +1,6 @@
 """Options of a ``datasets:`` entry with one of our types."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from math import isfinite
 from typing import Any, ClassVar
 
@@ -181,14 +181,22 @@ class ThreadsOptions(ConversationOptions):
         return self
 
 
-def columns_named(options: ConversationOptions) -> set[str]:
-    """The columns that an entry's options name, also by a member (``column.member``)."""
+def columns_named(options: ConversationOptions, present: Collection[str]) -> set[str]:
+    """The columns that are read of those present, also for a member (``column.member``)."""
+    names = vars(options).copy()
+    prompts = ["field_prompt", "field_messages"]
+    if options.prefers_messages:
+        prompts.reverse()
+    written = [name for name in prompts if name in options.model_fields_set]
+    there = [name for name in prompts if names[name] in present]
+    for other in set(prompts) - set((written or there)[:1]):
+        names.pop(other)
     found: set[str] = set()
-    for value in vars(options).values():
-        names = value if isinstance(value, list) else [value]
-        found |= {name.partition(".")[0] for name in names if isinstance(name, str)}
-        found |= {name for name in names if isinstance(name, str)}
-    return found
+    for value in names.values():
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str):
+                found |= {name, name.partition(".")[0]}
+    return found & set(present)
 
 
 def thresholds(options: ConversationOptions) -> list[float]:

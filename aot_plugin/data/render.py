@@ -39,7 +39,7 @@ FORMATTED = (
     "are there twice)"
 )
 SERIALIZED = "the text looks like a list of turns stored as text, which is not read as turns,"
-TURNS_IN_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+TURNS_IN_TEXT = re.compile(r"""\s*\[?\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 LEAD = 20
 """A prompt of at least so many characters that an answer begins with, after at most as many others,
 is no coincidence."""

@@ -382,13 +382,12 @@ def _serialized(value: Any, row: Row, options: ConversationOptions) -> bool:
 
 def _turns_in_json(text: str, options: ConversationOptions) -> list[Any] | None:
     """The turns of a conversation stored as JSON; None if the text is not one."""
-    if not text.lstrip().startswith(("[{", "{")):
+    if not text.lstrip().startswith("[{"):
         return None
     try:
         turns = json.loads(text)
     except json.JSONDecodeError:
         return None
-    turns = turns if isinstance(turns, list) else [turns]
     names = {options.message_property_mappings[name] for name in ("role", "content")}
     return turns if all(isinstance(t, dict) and names <= t.keys() for t in turns) else None
 
@@ -579,16 +578,22 @@ def _with_system(row: Row, turns: list[Turn], options: ConversationOptions) -> l
         return turns
     required = "field_system" in explicit(options)
     system = cell(row, options.field_system) if required else row.get(options.field_system)
-    if isinstance(system, Mapping | list) and system:
+    if _are_turns(system, options):
         (own, *others) = as_turns(system, "system", options, options.field_system)
         if others or own["role"] != "system":
             raise RowError(f"`{options.field_system}`: {_short(system)} is not one system turn")
         system = own["content"]
-    elif required and not isinstance(system, str | None):
+    elif required and system and not isinstance(system, str):
         raise RowError(f"`{options.field_system}`: {_short(system)} is not text")
     # Without the key a column of that name may hold anything, the number of a system, say.
     text = system if isinstance(system, str) and system.strip() else options.system_prompt
     return [{"role": "system", "content": text}, *turns] if text else turns
+
+
+def _are_turns(value: Any, options: ConversationOptions) -> bool:
+    turns = value if isinstance(value, list) else [value]
+    names = {options.message_property_mappings[name] for name in ("role", "content")}
+    return bool(turns) and all(isinstance(t, Mapping) and names <= t.keys() for t in turns)
 
 
 def _prefer(row: Row, field: str) -> list[Label | Drop]:

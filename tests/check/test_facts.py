@@ -239,6 +239,16 @@ def test_hints(check: Any, entry: Any) -> None:
     assert "No row was kept" in plain(check([entry(PAIRS)], aot_mode="paired", sequence_len=1))
 
 
+def test_first_rows_of_one_level_say_nothing_of_the_others(check: Any, entry: Any) -> None:
+    rated = [{**row, "label": 5 if i < 4 else 1} for i, row in enumerate(LABELLED)]
+    by_rating = entry(rated, grades=[2, 4])
+    assert "on another scale" not in plain(check([by_rating], rows=4))
+    low = entry([{**row, "label": 1} for row in LABELLED], file="low", grades=[2, 4])
+    assert "low.jsonl: all 9 responses are of the lowest level by the thresholds 2, 4;" in plain(
+        check([by_rating, low])
+    )
+
+
 def test_rows_held_out_at_random(check: Any, entry: Any) -> None:
     """Several rows of a prompt would stand on both sides."""
     assert "hold out rows" not in plain(check([entry(PAIRS)], aot_mode="paired"))

@@ -16,7 +16,7 @@ from axolotl.integrations.base import PluginManager
 from harness import config, paired_rows, unpaired_rows, write_config, write_rows
 from transformers import AutoTokenizer
 
-from aot_plugin.data.freshness import _module, _rows, load_fresh, sources_file
+from aot_plugin.data.freshness import _module, local_files, load_fresh, sources_file
 from aot_plugin.data.loading import COUNTS_FILE, load_datasets
 from aot_plugin.data.options import ConversationOptions
 from aot_plugin.data.rows import PromptStrategy
@@ -135,10 +135,10 @@ def test_the_files_of_an_entry(tmp_path: Path) -> None:
     pattern = str(tmp_path / "part-*.jsonl")
     for given in (pattern, [pattern], {"train": [pattern]}):
         for path in (str(tmp_path), "someone/dataset"):
-            assert sorted(_rows({"path": path, "data_files": given})) == parts
-    assert sorted(_rows({"path": str(tmp_path)})) == [tmp_path / "other.jsonl", *parts]
-    assert list(_rows({"path": str(parts[0])})) == parts[:1]
-    assert list(_rows({"path": "someone/dataset"})) == []
+            assert sorted(local_files({"path": path, "data_files": given})) == parts
+    assert sorted(local_files({"path": str(tmp_path)})) == [tmp_path / "other.jsonl", *parts]
+    assert list(local_files({"path": str(parts[0])})) == parts[:1]
+    assert list(local_files({"path": "someone/dataset"})) == []
 
 
 STRATEGY = """

@@ -1,5 +1,7 @@
 """JSON files whose columns hold values of several types, as `datasets` stores them."""
 
+from pathlib import Path
+
 import pytest
 from axolotl.loaders import load_tokenizer
 from data_helpers import write_rows
@@ -46,23 +48,26 @@ ODD = {
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_texts_that_became_json_in_a_later_file_are_refused(config, files, odd, at):
+def test_texts_that_became_json_in_a_later_file_are_refused(config, files, tmp_path, odd, at):
     """Otherwise they are trained with quotes and escapes."""
     part = rows(2)
     part.insert(at, {**rows(1)[0], **odd})
     (name,) = odd
     data = {"path": files(rows(3), part), "type": "chat_template.default", "split": "train"}
     first = 4 if at == 0 else 3
-    message = rf"parts, row {first}: .*`{name}` by its JSON.*row {3 + at} "
+    message = rf"parts, row {first}: .*`{name}` by its JSON"
+    cfg = config([data])
     with pytest.raises(ValueError, match=message):
-        load_datasets(config([data]))
+        load_datasets(cfg)
+    with pytest.raises(ValueError, match=message):
+        first_rows(cfg, "train", 0, 200, load_tokenizer(cfg), str(tmp_path / "tmp"))
 
 
 def test_contents_of_turns_that_became_json(config, files):
     conversations = rows(3, prompt=said("Tea/coffee?"))
     parts = [*rows(2, prompt=said("Tea/coffee?")), *rows(1, prompt=said([{"text": "Why?"}]))]
     data = {"path": files(conversations, parts), "type": "chat_template.default", "split": "train"}
-    with pytest.raises(ValueError, match=r"row 3: .*`prompt` by its JSON.*since row 5 "):
+    with pytest.raises(ValueError, match=r"row 3: .*`prompt` by its JSON"):
         load_datasets(config([data]))
 
 
@@ -71,8 +76,8 @@ def test_a_later_chunk_of_a_large_file(tmp_path):
     path = write_rows(tmp_path / "large.jsonl", [*many, *rows(2), *rows(1, completion=7)])
     dataset = load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "c"))
     assert dataset[3000]["completion"] != TEXT
-    name, first, cause = encoded_texts(dataset)
-    assert (name, cause) == ("completion", 3002) and first < 3000
+    name, first = encoded_texts(dataset, {"completion"}, [Path(path)])
+    assert name == "completion" and first < 3000
 
 
 @pytest.mark.parametrize(
@@ -98,8 +103,49 @@ def test_a_later_chunk_of_a_large_file(tmp_path):
 )
 def test_files_that_are_read_rightly(parts, files):
     dataset = load_dataset(files(*parts), split="train")
-    assert encoded_texts(dataset) is None
+    assert encoded_texts(dataset, {"prompt", "completion"}) is None
     assert dataset["completion"][-1] == parts[-1][-1]["completion"] or len(parts[-1]) == 3
+
+
+def test_what_a_slice_leaves_of_a_wrong_part(config, files):
+    """The value that began it is cut off; its escapes are a writer's that no other text has."""
+    path = files(rows(3), [*rows(2), *rows(1, completion=7)])
+    data = {"path": path, "type": "chat_template.default", "split": "train[:4]"}
+    with pytest.raises(ValueError, match=r"row 3: .*`completion` by its JSON"):
+        load_datasets(config([data]))
+
+
+def test_labels_as_answers(config, files):
+    """Without a sign of escapes: most of what follows is in quotes."""
+    part = [*rows(2, completion="positive"), *rows(1, completion=7)]
+    path = files(rows(3, completion="negative"), part)
+    data = {"path": path, "type": "chat_template.default", "split": "train"}
+    with pytest.raises(ValueError, match=r"row 3: .*`completion` by its JSON"):
+        load_datasets(config([data]))
+
+
+JSON_ANSWERS = {
+    "sorted": ["I can't.", '{"a": 1}', '"Paris"'],
+    "code": ["print", "True", "'a'", '"abc"', "3", "[1, 2]"],
+    "an empty text": ["Some.", "", '"Quoted."', ""],
+}
+
+
+@pytest.mark.parametrize("answers", JSON_ANSWERS.values(), ids=JSON_ANSWERS)
+def test_answers_that_are_json_by_themselves(config, tmp_path, answers):
+    content = [
+        {**rows(1)[0], "completion": a or " ", "label": i > 0} for i, a in enumerate(answers)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", content)
+    trained = load_datasets(config([{"path": path, "type": "chat_template.default"}]))
+    assert len(trained.train_dataset) == sum(bool(answer) for answer in answers)
+
+
+def test_a_column_that_nobody_reads(config, files):
+    part = [*rows(2, id="b/0"), *rows(1, id=1)]
+    data = {"type": "chat_template.default", "split": "train"}
+    path = files(rows(3, id="a/0"), part)
+    assert len(load_datasets(config([{"path": path, **data}])).train_dataset) == 6
 
 
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": "{}"}]}
@@ -152,6 +198,15 @@ def test_the_columns_that_are_read_are_named(config, tmp_path, options, columns)
     assert counts.mixed == expected
 
 
+def test_a_second_column_of_prompts_is_not_read(config, tmp_path):
+    messages = [{"messages": said("Why?")}, {"messages": "Why?"}, {}]
+    content = [{**rows(1)[0], "label": bool(i), **more} for i, more in enumerate(messages)]
+    path = write_rows(tmp_path / "rows.jsonl", content)
+    cfg = config([{"path": path, "type": "chat_template.default"}])
+    ((counts,),) = row_counts(cfg, load_tokenizer(cfg)).values()
+    assert counts.mixed == [] and counts.responses == 3
+
+
 HOST = {"question": "Q?", "system": "", "chosen": "Good.", "rejected": "Bad."}
 
 
@@ -169,9 +224,11 @@ def test_turns_among_text_with_a_type_of_the_host(config, tmp_path, kind):
 def test_numbers_among_text_with_a_type_of_the_host(config, tmp_path, kind):
     """Its text is text all the same: identical pairs are dropped, and `check` shows the tokens."""
     content = [HOST, {**HOST, "chosen": 7}, {**HOST, "chosen": "Same.", "rejected": "Same."}]
+    content = [{**row, "id": number or "zero"} for number, row in enumerate(content)]
     path = write_rows(tmp_path / "rows.jsonl", content)
     cfg = config([{"path": path, "type": kind}], aot_mode="paired")
     first = first_rows(cfg, "train", 0, 9, load_tokenizer(cfg), str(tmp_path / "tmp"))
+    assert first.counts.mixed == ["chosen"]
     trained = load_datasets(cfg).train_dataset
     assert len(trained) == len(first.kept) == 2
     assert sorted(text[0] for text in trained["chosen"]) == ["7", "G"]

@@ -392,9 +392,9 @@ def test_columns_of_several_types_are_named(tokenizer):
 @pytest.mark.parametrize(
     ("options", "labels", "warned"),
     [
-        ({"grades": [2, 4]}, [0, 1, 1], "all 3 .* lowest level by its thresholds, 2, 4;"),
-        ({"grades": [0.2]}, [5, 1, 4], "all 3 .* highest level by its thresholds, 0.2;"),
-        ({"positive_min": 4, "negative_max": 2}, [0, 3, 1], "all 2 .* lowest .*, 2, 4;"),
+        ({"grades": [2, 4]}, [0, 1, 1], "all 3 .* lowest level by the thresholds 2, 4;"),
+        ({"grades": [0.2]}, [5, 1, 4], "all 3 .* highest level by the thresholds 0.2;"),
+        ({"positive_min": 4, "negative_max": 2}, [0, 3, 1], "all 2 .* lowest .* 2, 4;"),
         ({"grades": [2, 4]}, [0, 1, 3], None),
         ({"grades": [0.5]}, [0, 1, 1], None),
         ({}, [0, 0, 0], None),

@@ -49,6 +49,23 @@ def test_multi_turn_and_system_from_turns_column_and_option():
     assert read({"prompt": [SYSTEM, *turns], **rest}, system_prompt="No.") == with_system
     assert read({"prompt": turns, "system": "Be kind.", **rest}, system_prompt="No.") == with_system
     assert read({"prompt": turns, "system": None, **rest}, system_prompt="Be kind.") == with_system
+    for system in (SYSTEM, [SYSTEM]):
+        assert read({"prompt": turns, "system": system, **rest}) == with_system
+        assert read({"prompt": turns, "system": system, **rest}, field_system="system")
+
+
+def test_a_column_named_system_that_is_no_system_prompt():
+    """Without `field_system` it may be the number or the settings of a system."""
+    row = {"prompt": "Hi", "completion": "Hello.", "label": True}
+    for system in (7, [], ["llama", "gpt"], {"model": "gpt", "temperature": 0.7}):
+        assert read(row | {"system": system}) == [Example([USER], ANSWER, True)]
+    assert read(row | {"system": []}, field_system="system") == [Example([USER], ANSWER, True)]
+    for system in (7, ["llama"], {"model": "gpt"}):
+        with pytest.raises(ValueError, match=r"row 17: `system`: .* is not text"):
+            read(row | {"system": system}, field_system="system")
+    for system in ([SYSTEM, SYSTEM], USER):
+        with pytest.raises(ValueError, match=r"row 17: `system`: .* is not one system turn"):
+            read(row | {"system": system})
 
 
 @pytest.mark.parametrize(
