@@ -16,7 +16,7 @@ from axolotl.integrations.base import PluginManager
 from harness import config, paired_rows, unpaired_rows, write_config, write_rows
 from transformers import AutoTokenizer
 
-from aot_plugin.data.freshness import _module, local_files, load_fresh, sources_file
+from aot_plugin.data.freshness import _module, load_fresh, local_files, sources_file
 from aot_plugin.data.loading import COUNTS_FILE, load_datasets
 from aot_plugin.data.options import ConversationOptions
 from aot_plugin.data.rows import PromptStrategy
