@@ -98,7 +98,7 @@ OVERRIDDEN = {
     *("compute_ref_log_probs", "_precompute_ref_logps", "_prepare_dataset", "compute_loss"),
     *("_prepare_inputs", "evaluation_loop", "get_batch_samples", "prediction_step"),
     *("training_step", "_set_signature_columns_if_needed"),
-    *("log", "create_model_card", "train"),
+    *("log", "create_model_card", "train", "save_model"),
 }
 
 
