@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import pyarrow as pa
 from axolotl.loaders import load_tokenizer
 from axolotl.prompt_strategies.dpo import load as load_dpo
 from axolotl.prompt_strategies.kto import load as load_kto
@@ -19,7 +18,7 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict
 
 from .host_types import columns_read, first_unrepresented
-from .json_columns import is_json
+from .json_columns import may_hold_lists
 from .options import ConversationOptions
 
 LOG = get_logger("axolotl.aot_plugin.data")
@@ -131,10 +130,7 @@ def _other_ends(dataset: Dataset, strategy: Callable[..., Any], cfg: Any) -> tup
 
 
 def _holds_turns(dataset: Dataset, name: str) -> bool:
-    if name not in dataset.column_names:
-        return False
-    kind = dataset.data.column(name).type
-    return pa.types.is_nested(kind) or is_json(kind)
+    return name in dataset.column_names and may_hold_lists(dataset.data.column(name).type)
 
 
 def _problems(cfg: Any, error: Exception) -> Iterator[str]:

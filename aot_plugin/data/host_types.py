@@ -8,10 +8,9 @@ columns it reads and what becomes of a row whose turns have marks as contents.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
 from datasets import Dataset
 
-from .json_columns import is_json
+from .json_columns import may_hold_lists
 
 Strategy = Callable[[dict[str, Any]], Mapping[str, Any]]
 CALLS = "tool_calls"
@@ -38,8 +37,7 @@ def first_unrepresented(
             number = next(n for n, value in enumerate(dataset[name]) if value is None)
             if _null_shows(dataset[number], name, strategy, texts):
                 return number, f'`{name}` is null; remove the row, or write an empty text as ""'
-    types = {name: dataset.data.column(name).type for name in columns}
-    nested = [name for name in columns if pa.types.is_nested(types[name]) or is_json(types[name])]
+    nested = [name for name in columns if may_hold_lists(dataset.data.column(name).type)]
     if not nested:
         return None
     known: dict[tuple[Any, ...], str | None] = {}

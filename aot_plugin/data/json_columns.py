@@ -9,8 +9,9 @@ with escapes, and nothing decodes it.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path as FilePath
+from types import NoneType
 from typing import Any
 
 import pyarrow as pa
@@ -28,14 +29,17 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 _NEARLY_A_NUMBER = re.compile(r"-?\d[\d.]*|-")
 """What its parser takes for a number, and Python's does not: "01", "1.", "-"."""
 
-_NULL = type(None)
-
 Path = tuple[str, ...]
 """Names of members below a column."""
 
 
 def is_json(kind: pa.DataType) -> bool:
     return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.json"
+
+
+def may_hold_lists(kind: pa.DataType) -> bool:
+    """Whether the values of a column can be anything but text and numbers."""
+    return pa.types.is_nested(kind) or is_json(kind)
 
 
 def mixed_columns(dataset: Dataset, content: str = "content") -> list[str]:
@@ -46,7 +50,7 @@ def mixed_columns(dataset: Dataset, content: str = "content") -> list[str]:
         for name in dataset.column_names
         if any(
             _holds_both(dataset, name, path)
-            for path, kind in _leaves(dataset.data.schema.field(name).type)
+            for path, kind in _leaves(_type(dataset, name))
             if is_json(kind) and path[-1:] in ((), (content,))
         )
     ]
@@ -58,7 +62,7 @@ def with_text(dataset: Dataset) -> Dataset:
     Whatever a function of the host writes into such a column would be decoded again.
     """
     stored = [name for name in dataset.column_names if is_json(_type(dataset, name))]
-    texts = [n for n in stored if all(type(v) in (str, int, float, _NULL) for v in dataset[n])]
+    texts = [n for n in stored if all(type(v) in (str, int, float, NoneType) for v in dataset[n])]
     if not texts:
         return dataset
 
@@ -70,7 +74,7 @@ def with_text(dataset: Dataset) -> Dataset:
 
 
 def encoded_texts(
-    dataset: Dataset, columns: Iterable[str], files: Sequence[FilePath] = ()
+    dataset: Dataset, columns: Collection[str], files: Sequence[FilePath] = ()
 ) -> tuple[str, int] | None:
     """The first column of JSON files whose later texts are their JSON (see above).
 
@@ -79,7 +83,7 @@ def encoded_texts(
 
     Args:
         dataset: the rows as they were loaded.
-        columns: those that are read; members of one (``column.member``) stand for all of it.
+        columns: those that are read.
         files: the local ones that the rows come from, if they are known. One of a single chunk
             can't be wrong.
 
@@ -90,9 +94,8 @@ def encoded_texts(
         return None
     if len(files) == 1 and files[0].suffix not in COMPRESSED and files[0].stat().st_size <= CHUNK:
         return None
-    read = {name.partition(".")[0] for name in columns} | set(columns)
-    for name in dataset.column_names:
-        for path, kind in _leaves(_type(dataset, name)) if name in read else ():
+    for name in filter(columns.__contains__, dataset.column_names):
+        for path, kind in _leaves(_type(dataset, name)):
             if pa.types.is_string(kind) or pa.types.is_large_string(kind):
                 first = _encoded_end(_from_the_end(dataset, name, path))
                 if first is not None:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -245,7 +245,7 @@ def _count_split(
         yield count_entry(cfg, entry, split, dataset, tokenizer, seen)
 
 
-def _refuse_encoded_texts(dataset: Dataset, entry: Any, columns: Iterable[str]) -> None:
+def _refuse_encoded_texts(dataset: Dataset, entry: Any, columns: Collection[str]) -> None:
     """Raises BadRow for a column that ``encoded_texts`` finds."""
     if found := encoded_texts(dataset, columns, list(local_files(entry))):
         name, first = found

@@ -388,8 +388,7 @@ def _turns_in_json(text: str, options: ConversationOptions) -> list[Any] | None:
         turns = json.loads(text)
     except json.JSONDecodeError:
         return None
-    names = {options.message_property_mappings[name] for name in ("role", "content")}
-    return turns if all(isinstance(t, dict) and names <= t.keys() for t in turns) else None
+    return turns if _are_turns(turns, options) else None
 
 
 def explicit(options: BaseModel) -> set[str]:

@@ -318,7 +318,7 @@ def reference_of_random_rows(
     settings: Any,
     checkpoint: Path | None,
     gather: Callable[[Tensor], Tensor],
-    bits: dict[str, list[int]] | None = None,
+    bits: dict[str, list[int]] | None,
 ) -> dict[str, Any]:
     """What the reference says of random rows and of the newest tokens: log-probabilities of
     sequences, in nats, the vocabulary that the rows were drawn from, and the bits of its weights,
